@@ -1,0 +1,90 @@
+// Package runtime is the contract between the host agent and whatever isolates
+// a sandbox. The agent asks for instances and never for which runtime makes
+// them; package runtimetest is the suite that every implementation passes.
+package runtime
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// A Runtime makes sandbox instances on this host. It is safe for concurrent use.
+type Runtime interface {
+	// Name is the runtime's name in records, metrics and the API: "gvisor".
+	Name() string
+
+	// Version identifies the engine; images of one version may not load in another.
+	Version() string
+
+	// Probe says by a functional test whether the runtime can run here. The
+	// error says what is missing and what to do about it.
+	Probe(ctx context.Context) error
+
+	// Create starts an instance and returns once the guest's init runs; the
+	// guest agent may not be listening yet. A failed Create leaves nothing: no
+	// process, mount, cgroup or file. An id that is in use gives
+	// sandbox.ErrConflict.
+	Create(ctx context.Context, cfg Config) (Instance, error)
+
+	// Adopt finds the instance again that an earlier process of the agent
+	// created, from what its State returned. sandbox.ErrNotFound means it is not
+	// running any more; then Discard frees what it left.
+	Adopt(ctx context.Context, id sandbox.ID, state json.RawMessage) (Instance, error)
+
+	// Discard frees everything that an instance of this id may have left on the
+	// host, running or not, also after a Create cut off at any point. It is
+	// idempotent; state may be empty.
+	Discard(ctx context.Context, id sandbox.ID, state json.RawMessage) error
+}
+
+// Config is what an instance is made from.
+type Config struct {
+	ID        sandbox.ID
+	RootFS    string        // directory of the template's root filesystem; shared, never written
+	Dir       string        // directory of the instance's own; made by the caller, removed by the caller
+	GuestInit string        // host path of the static guest agent that becomes the guest's pid 1
+	InitArgs  []string      // its arguments, without argv[0]
+	Slot      *network.Slot // the network it is put into; owned by the caller
+	Hostname  string
+	Resources sandbox.Resources
+}
+
+// An Instance is one running sandbox. It survives the process that made it.
+type Instance interface {
+	// State is what Adopt needs to find the instance again. It does not change
+	// over the instance's life.
+	State() json.RawMessage
+
+	// Done is closed when the instance has ended, for whatever reason.
+	Done() <-chan struct{}
+
+	// Exit says how it ended; valid once Done is closed.
+	Exit() Exit
+
+	// Stop ends the instance by force and frees what the runtime holds for it.
+	// It is idempotent and also right after the instance ended by itself. ctx
+	// bounds the wait, not the clean-up that was begun.
+	Stop(ctx context.Context) error
+
+	// Stats measures what the instance takes from the host, sandbox kernel
+	// included.
+	Stats(ctx context.Context) (Stats, error)
+}
+
+// Exit is how an instance ended.
+type Exit struct {
+	OutOfMemory bool   // the memory limit was exceeded
+	Reason      string // in words for the user, e.g. "out of memory: …"
+}
+
+// Stats are figures of the host's accounting.
+type Stats struct {
+	Time        time.Time
+	CPU         time.Duration // used since the start
+	MemoryBytes int64         // resident, reclaimable page cache left out
+	PIDs        int64
+}

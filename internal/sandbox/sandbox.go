@@ -1,0 +1,42 @@
+// Package sandbox is the domain: what a sandbox is, the states it goes through,
+// the errors that everything about it can return. It does no I/O and imports
+// nothing else of this project.
+package sandbox
+
+import "time"
+
+// Resources are a sandbox's limits. All are enforced by the host.
+type Resources struct {
+	CPUs      int   // virtual CPUs
+	MemoryMiB int64 // guest memory; going beyond ends the sandbox
+	DiskMiB   int64 // writable space on the root filesystem
+	PIDs      int64 // host tasks the sandbox may hold, guest and sandbox kernel together
+}
+
+// Spec is what the creator of a sandbox asked for.
+type Spec struct {
+	TemplateID          string
+	BuildID             string // the template build it starts from
+	Resources           Resources
+	EnvVars             map[string]string // global environment of its processes
+	Metadata            map[string]string // the owner's labels, opaque to us
+	Secured             bool              // envd wants an access token
+	AllowInternetAccess bool
+	Timeout             time.Duration // time to live from start
+}
+
+// Sandbox is the control plane's record of one sandbox.
+type Sandbox struct {
+	ID      ID
+	TeamID  string
+	HostID  string
+	Spec    Spec
+	State   State
+	Reason  string    // why it is Stopped or Failed; shown to users
+	Address string    // IP address at which the host agent reaches the guest; empty until Running
+	Alias   string    // template alias it was asked by; may be empty
+	Created time.Time // intent recorded
+	Started time.Time // zero until Running
+	Ends    time.Time // when its time to live is over
+	Ended   time.Time // zero until final
+}
