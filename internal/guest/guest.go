@@ -1,0 +1,208 @@
+// Package guest is the host agent's client of envd, the guest agent in every
+// sandbox: the routes that only the host calls. What users call (processes,
+// files) goes through the data plane and never through here.
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"sync/atomic"
+	"time"
+)
+
+// Port is where envd listens inside every sandbox.
+const Port = 49983
+
+// maxAnswer bounds what the host reads from a guest, which is not trusted.
+const maxAnswer = 4 << 20
+
+// Transport holds the connections to guest agents. One serves a whole host; it
+// shares nothing with user traffic.
+type Transport struct{ http *http.Transport }
+
+// NewTransport makes a Transport.
+func NewTransport() *Transport {
+	return &Transport{&http.Transport{
+		DialContext:         dial,
+		DisableCompression:  true,
+		MaxIdleConnsPerHost: 1,
+		IdleConnTimeout:     30 * time.Second,
+	}}
+}
+
+// dial connects with a time limit that starts short and doubles. A SYN that
+// meets a guest network just being brought up is lost, and the kernel would
+// repeat it only after a second.
+func dial(ctx context.Context, netw, addr string) (net.Conn, error) {
+	for limit := 25 * time.Millisecond; ; limit *= 2 {
+		d := net.Dialer{Timeout: limit, KeepAlive: 30 * time.Second}
+		conn, err := d.DialContext(ctx, netw, addr)
+		var timeout net.Error
+		if err == nil || ctx.Err() != nil || limit > time.Second || !errors.As(err, &timeout) || !timeout.Timeout() {
+			return conn, err
+		}
+	}
+}
+
+// Close drops idle connections.
+func (t *Transport) Close() { t.http.CloseIdleConnections() }
+
+// Client talks to the envd of one sandbox.
+type Client struct {
+	http  *http.Client
+	base  string
+	token atomic.Pointer[string]
+}
+
+// NewClient returns a client for the guest at addr; token is its access token,
+// empty where it has none.
+func NewClient(t *Transport, addr netip.Addr, token string) *Client {
+	c := &Client{
+		http: &http.Client{Transport: t.http},
+		base: "http://" + netip.AddrPortFrom(addr, Port).String(),
+	}
+	c.SetToken(token)
+	return c
+}
+
+// SetToken changes the access token of further calls.
+func (c *Client) SetToken(token string) { c.token.Store(&token) }
+
+// InitRequest is what envd is told after every boot.
+type InitRequest struct {
+	AccessToken    string            `json:"accessToken,omitempty"`
+	EnvVars        map[string]string `json:"envVars,omitempty"`
+	Timestamp      time.Time         `json:"timestamp"`
+	DefaultUser    string            `json:"defaultUser,omitempty"`
+	DefaultWorkdir string            `json:"defaultWorkdir,omitempty"`
+	SandboxID      string            `json:"sandboxID,omitempty"`
+	TemplateID     string            `json:"templateID,omitempty"`
+}
+
+// Init tells a guest agent that is just starting who it is, and returns its
+// version. It calls until the agent listens or ctx is over: that first answer
+// is how the host learns that a sandbox is up.
+func (c *Client) Init(ctx context.Context, req InitRequest) (version string, err error) {
+	body, err := json.Marshal(req)
+	if err != nil {
+		return "", fmt.Errorf("encode init request: %w", err)
+	}
+	// A dial is refused at once while nothing listens, so a short pause is all
+	// that separates the agent's readiness from our noticing it.
+	const pause = 2 * time.Millisecond
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("wait for guest agent: %w", errors.Join(context.Cause(ctx), err))
+		case <-timer.C:
+		}
+		version, err = c.init(ctx, body)
+		var dial *net.OpError
+		if err == nil || !errors.As(err, &dial) {
+			return version, err
+		}
+		timer.Reset(pause)
+	}
+}
+
+func (c *Client) init(ctx context.Context, body []byte) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	resp, err := c.do(ctx, http.MethodPost, "/init", bytes.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		return "", statusError("initialise guest agent", resp)
+	}
+	return resp.Header.Get("X-Envd-Version"), nil
+}
+
+// Metrics is envd's view of the sandbox. Sizes are bytes; CPUUsedPct counts
+// 100 for each CPU that is fully used.
+type Metrics struct {
+	Timestamp  int64   `json:"ts"`
+	CPUCount   int     `json:"cpu_count"`
+	CPUUsedPct float64 `json:"cpu_used_pct"`
+	MemTotal   int64   `json:"mem_total"`
+	MemUsed    int64   `json:"mem_used"`
+	MemCache   int64   `json:"mem_cache"`
+	DiskUsed   int64   `json:"disk_used"`
+	DiskTotal  int64   `json:"disk_total"`
+}
+
+// Metrics measures the sandbox from inside.
+func (c *Client) Metrics(ctx context.Context) (Metrics, error) {
+	var m Metrics
+	return m, c.get(ctx, "/metrics", &m)
+}
+
+// LogEntry is one line of the guest agent's log.
+type LogEntry struct {
+	Time    time.Time         `json:"time"`
+	Level   string            `json:"level"`
+	Message string            `json:"message"`
+	Fields  map[string]string `json:"fields,omitempty"`
+}
+
+// Logs returns the entries later than after, oldest first. The agent keeps a
+// bounded number of them.
+func (c *Client) Logs(ctx context.Context, after time.Time) ([]LogEntry, error) {
+	var ns int64
+	if !after.IsZero() {
+		ns = after.UnixNano()
+	}
+	var entries []LogEntry
+	q := url.Values{"after": {strconv.FormatInt(ns, 10)}}
+	return entries, c.get(ctx, "/logs?"+q.Encode(), &entries)
+}
+
+func (c *Client) get(ctx context.Context, path string, into any) error {
+	resp, err := c.do(ctx, http.MethodGet, path, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return statusError("get "+path+" from guest agent", resp)
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(into); err != nil {
+		return fmt.Errorf("decode guest agent's answer to %s: %w", path, err)
+	}
+	return nil
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
+	if err != nil {
+		return nil, fmt.Errorf("make request to guest agent: %w", err)
+	}
+	if token := *c.token.Load(); token != "" {
+		req.Header.Set("X-Access-Token", token)
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("call guest agent: %w", err)
+	}
+	return resp, nil
+}
+
+func statusError(what string, resp *http.Response) error {
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 512)) // best effort: it only explains the status
+	return fmt.Errorf("%s: status %d: %s", what, resp.StatusCode, bytes.TrimSpace(text))
+}
