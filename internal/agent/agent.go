@@ -1,0 +1,163 @@
+// Package agent is the host agent: it owns the sandboxes that run on this host
+// and everything they hold (runtime instances, network slots, directories),
+// journals on disk what it owns, and takes it over again when it is restarted.
+// The control plane knows it only through the RPC service in service.go.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/wrenn/wrenn/internal/guest"
+	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// Config is what an Agent is made from.
+type Config struct {
+	Dir       string          // the agent's part of the data directory
+	Templates string          // directory of template builds
+	Runtime   runtime.Runtime // makes the instances
+	Network   network.Config  // for the pool of slots, which the agent owns
+	GuestInit string          // path of the guest agent's binary
+	Log       *slog.Logger
+}
+
+// Agent is a host agent. Open makes one; Detach or Shutdown ends it.
+type Agent struct {
+	cfg       Config
+	log       *slog.Logger
+	slots     *network.Pool
+	transport *guest.Transport
+	ended     *obituaries
+
+	ctx    context.Context // ends when the agent does
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // monitors, the collector and creates under way
+
+	mu        sync.Mutex
+	closed    bool
+	sandboxes map[sandbox.ID]*managed
+}
+
+// teardownLimit bounds the freeing of one sandbox. It does not follow the
+// caller's context: freeing goes on when the caller has gone.
+const teardownLimit = 30 * time.Second
+
+// Open takes over the sandboxes that an earlier agent with this directory left
+// running, frees those that it left half-made, and starts.
+func Open(ctx context.Context, cfg Config) (*Agent, error) {
+	a := &Agent{
+		cfg:       cfg,
+		log:       cfg.Log,
+		transport: guest.NewTransport(),
+		ended:     newObituaries(),
+		sandboxes: make(map[sandbox.ID]*managed),
+	}
+	if err := os.MkdirAll(a.sandboxesDir(), 0o700); err != nil {
+		return nil, fmt.Errorf("make agent directory: %w", err)
+	}
+	adopted, err := a.adoptAll(ctx)
+	if err != nil {
+		return nil, err
+	}
+	inUse := make([]int, 0, len(adopted))
+	for _, m := range adopted {
+		inUse = append(inUse, m.rec.Slot)
+	}
+	if a.slots, err = network.Open(ctx, cfg.Network, inUse); err != nil {
+		return nil, fmt.Errorf("prepare network slots: %w", err)
+	}
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	for _, m := range adopted {
+		a.takeOver(m)
+	}
+	a.wg.Go(a.collect)
+	return a, nil
+}
+
+// Detach ends the agent and leaves its sandboxes running for the next one.
+func (a *Agent) Detach(ctx context.Context) error {
+	a.close()
+	a.wg.Wait()
+	a.transport.Close()
+	return a.slots.Close(ctx)
+}
+
+// Shutdown ends every sandbox, frees all that the agent holds, and ends it.
+func (a *Agent) Shutdown(ctx context.Context) error {
+	a.close()
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, m := range a.list() {
+		g.Go(func() error { return a.stop(m, "the platform was shut down") })
+	}
+	err := g.Wait()
+	a.wg.Wait()
+	a.transport.Close()
+	return errors.Join(err, a.slots.Close(ctx))
+}
+
+// close refuses new sandboxes, gives up on those being made, and ends the
+// background work.
+func (a *Agent) close() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.closed = true
+	a.cancel()
+	for _, m := range a.sandboxes {
+		m.cancel()
+	}
+}
+
+func (a *Agent) sandboxesDir() string { return filepath.Join(a.cfg.Dir, "sandboxes") }
+
+func (a *Agent) sandboxDir(id sandbox.ID) string { return filepath.Join(a.sandboxesDir(), string(id)) }
+
+// get returns the sandbox of that id, or nil.
+func (a *Agent) get(id sandbox.ID) *managed {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.sandboxes[id]
+}
+
+func (a *Agent) list() []*managed {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	all := make([]*managed, 0, len(a.sandboxes))
+	for _, m := range a.sandboxes {
+		all = append(all, m)
+	}
+	return all
+}
+
+// add registers m, which is about to be made, under its id. The caller calls
+// wg.Done when it has been made or undone.
+func (a *Agent) add(m *managed) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return sandbox.Errorf(sandbox.ErrUnavailable, "the host is shutting down; try again in a moment")
+	}
+	if _, taken := a.sandboxes[m.id]; taken {
+		return sandbox.Errorf(sandbox.ErrConflict, "sandbox id %s is taken", m.id)
+	}
+	a.sandboxes[m.id] = m
+	a.wg.Add(1)
+	return nil
+}
+
+func (a *Agent) remove(m *managed) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.sandboxes, m.id)
+}

@@ -1,0 +1,89 @@
+package agent
+
+import (
+	"sync"
+	"time"
+
+	"github.com/wrenn/wrenn/internal/guest"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// obituary is what is remembered of a sandbox that has ended.
+type obituary struct {
+	ID     sandbox.ID
+	State  sandbox.State // Stopped or Failed
+	Reason string
+	Time   time.Time
+	Logs   []guest.LogEntry
+}
+
+const (
+	obituariesKept = 1000
+	obituaryAge    = time.Hour
+	watcherBuffer  = 256 // events; a watcher that falls further behind is cut off and lists anew
+)
+
+// obituaries remembers the sandboxes that ended lately and tells watchers of
+// those whose end nobody asked for.
+type obituaries struct {
+	mu       sync.Mutex
+	order    []obituary // oldest first
+	watchers map[chan obituary]struct{}
+}
+
+func newObituaries() *obituaries {
+	return &obituaries{watchers: make(map[chan obituary]struct{})}
+}
+
+func (o *obituaries) add(ob obituary, announce bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	drop := max(0, len(o.order)+1-obituariesKept)
+	for drop < len(o.order) && time.Since(o.order[drop].Time) > obituaryAge {
+		drop++
+	}
+	o.order = append(o.order[drop:], ob)
+	if !announce {
+		return
+	}
+	for w := range o.watchers {
+		select {
+		case w <- ob:
+		default:
+			delete(o.watchers, w)
+			close(w)
+		}
+	}
+}
+
+// watch returns a channel of the ends to come. It is closed when the watcher
+// has fallen too far behind. Call stop when done.
+func (o *obituaries) watch() (ends <-chan obituary, stop func()) {
+	w := make(chan obituary, watcherBuffer)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.watchers[w] = struct{}{}
+	return w, func() {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		delete(o.watchers, w)
+	}
+}
+
+func (o *obituaries) list() []obituary {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return append([]obituary(nil), o.order...)
+}
+
+// find returns the latest obituary of that id.
+func (o *obituaries) find(id sandbox.ID) (obituary, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i := len(o.order) - 1; i >= 0; i-- {
+		if o.order[i].ID == id {
+			return o.order[i], true
+		}
+	}
+	return obituary{}, false
+}

@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// record is the journal entry of one sandbox: what the agent must know to take
+// it over or to free all it holds after being killed at any instruction. It is
+// written before each act and after its outcome. The access token is not in it;
+// the control plane gives it again.
+type record struct {
+	ID           sandbox.ID        `json:"id"`
+	State        sandbox.State     `json:"state"`
+	TemplateID   string            `json:"template_id"`
+	BuildID      string            `json:"build_id"`
+	Resources    sandbox.Resources `json:"resources"`
+	Slot         int               `json:"slot"`
+	Runtime      string            `json:"runtime"`
+	RuntimeState json.RawMessage   `json:"runtime_state,omitempty"`
+	EnvdVersion  string            `json:"envd_version,omitempty"`
+	Created      time.Time         `json:"created"`
+}
+
+const recordFile = "record.json"
+
+// save replaces the record in dir. It is durable against the death of this
+// process, which is what it is for: nothing survives the death of the host, and
+// a record torn by that is treated as one of a sandbox that never got to run.
+func (r record) save(dir string) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encode record of %s: %w", r.ID, err)
+	}
+	tmp := filepath.Join(dir, "."+recordFile)
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return fmt.Errorf("write record of %s: %w", r.ID, err)
+	}
+	if err := os.Rename(tmp, filepath.Join(dir, recordFile)); err != nil {
+		return fmt.Errorf("write record of %s: %w", r.ID, err)
+	}
+	return nil
+}
+
+// loadRecords reads the journal in dir, one directory a sandbox. A directory
+// without a readable record gives one with only its id and the state Starting.
+// Names that are not sandbox ids are left alone.
+func loadRecords(dir string) ([]record, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	var records []record
+	for _, e := range entries {
+		id, err := sandbox.ParseID(e.Name())
+		if err != nil {
+			continue
+		}
+		r := record{ID: id, State: sandbox.Starting}
+		if data, err := os.ReadFile(filepath.Join(dir, e.Name(), recordFile)); err == nil {
+			if err := json.Unmarshal(data, &r); err != nil || r.ID != id {
+				r = record{ID: id, State: sandbox.Starting}
+			}
+		}
+		records = append(records, r)
+	}
+	return records, nil
+}
