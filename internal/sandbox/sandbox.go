@@ -27,16 +27,17 @@ type Spec struct {
 
 // Sandbox is the control plane's record of one sandbox.
 type Sandbox struct {
-	ID      ID
-	TeamID  string
-	HostID  string
-	Spec    Spec
-	State   State
-	Reason  string    // why it is Stopped or Failed; shown to users
-	Address string    // IP address at which the host agent reaches the guest; empty until Running
-	Alias   string    // template alias it was asked by; may be empty
-	Created time.Time // intent recorded
-	Started time.Time // zero until Running
-	Ends    time.Time // when its time to live is over
-	Ended   time.Time // zero until final
+	ID          ID
+	TeamID      string
+	HostID      string
+	Spec        Spec
+	State       State
+	Reason      string    // why it is Stopped or Failed; shown to users
+	Address     string    // IP address at which the host agent reaches the guest; empty until Running
+	EnvdVersion string    // version of the guest agent in it; empty until Running
+	Alias       string    // template alias it was asked by; may be empty
+	Created     time.Time // intent recorded
+	Started     time.Time // zero until Running
+	Ends        time.Time // when its time to live is over
+	Ended       time.Time // zero until final
 }
