@@ -78,6 +78,17 @@ func (s *service) StopSandbox(_ context.Context, req *hostagent.StopSandboxReque
 	return &hostagent.StopSandboxResponse{}, nil
 }
 
+func (s *service) SetAccessToken(_ context.Context, req *hostagent.SetAccessTokenRequest) (*hostagent.SetAccessTokenResponse, error) {
+	m := s.agent.get(sandbox.ID(req.GetSandboxId()))
+	if m == nil {
+		return nil, rpcError(sandbox.Errorf(sandbox.ErrNotFound, "there is no sandbox %s", req.GetSandboxId()))
+	}
+	if _, _, c := m.status(); c != nil {
+		c.SetToken(req.GetAccessToken())
+	}
+	return &hostagent.SetAccessTokenResponse{}, nil
+}
+
 func (s *service) ListSandboxes(context.Context, *hostagent.ListSandboxesRequest) (*hostagent.ListSandboxesResponse, error) {
 	resp := &hostagent.ListSandboxesResponse{}
 	// The dead first: one that ends meanwhile is then missed by neither list.

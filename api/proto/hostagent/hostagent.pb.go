@@ -453,6 +453,94 @@ func (*StopSandboxResponse) Descriptor() ([]byte, []int) {
 	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{6}
 }
 
+type SetAccessTokenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	AccessToken   string                 `protobuf:"bytes,2,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetAccessTokenRequest) Reset() {
+	*x = SetAccessTokenRequest{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetAccessTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetAccessTokenRequest) ProtoMessage() {}
+
+func (x *SetAccessTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetAccessTokenRequest.ProtoReflect.Descriptor instead.
+func (*SetAccessTokenRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *SetAccessTokenRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *SetAccessTokenRequest) GetAccessToken() string {
+	if x != nil {
+		return x.AccessToken
+	}
+	return ""
+}
+
+type SetAccessTokenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetAccessTokenResponse) Reset() {
+	*x = SetAccessTokenResponse{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetAccessTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetAccessTokenResponse) ProtoMessage() {}
+
+func (x *SetAccessTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetAccessTokenResponse.ProtoReflect.Descriptor instead.
+func (*SetAccessTokenResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{8}
+}
+
 type ListSandboxesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -461,7 +549,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	mi := &file_hostagent_hostagent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -473,7 +561,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	mi := &file_hostagent_hostagent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -486,7 +574,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{7}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{9}
 }
 
 type ListSandboxesResponse struct {
@@ -498,7 +586,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	mi := &file_hostagent_hostagent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -510,7 +598,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	mi := &file_hostagent_hostagent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -523,7 +611,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{8}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*SandboxStatus {
@@ -546,7 +634,7 @@ type SandboxStatus struct {
 
 func (x *SandboxStatus) Reset() {
 	*x = SandboxStatus{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[9]
+	mi := &file_hostagent_hostagent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +646,7 @@ func (x *SandboxStatus) String() string {
 func (*SandboxStatus) ProtoMessage() {}
 
 func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[9]
+	mi := &file_hostagent_hostagent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +659,7 @@ func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatus.ProtoReflect.Descriptor instead.
 func (*SandboxStatus) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{9}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SandboxStatus) GetSandboxId() string {
@@ -617,7 +705,7 @@ type WatchSandboxesRequest struct {
 
 func (x *WatchSandboxesRequest) Reset() {
 	*x = WatchSandboxesRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_hostagent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -629,7 +717,7 @@ func (x *WatchSandboxesRequest) String() string {
 func (*WatchSandboxesRequest) ProtoMessage() {}
 
 func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_hostagent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -642,7 +730,7 @@ func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{10}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{12}
 }
 
 type WatchSandboxesResponse struct {
@@ -654,7 +742,7 @@ type WatchSandboxesResponse struct {
 
 func (x *WatchSandboxesResponse) Reset() {
 	*x = WatchSandboxesResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_hostagent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +754,7 @@ func (x *WatchSandboxesResponse) String() string {
 func (*WatchSandboxesResponse) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_hostagent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +767,7 @@ func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{11}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchSandboxesResponse) GetEnded() *SandboxStatus {
@@ -701,7 +789,7 @@ type GetMetricsRequest struct {
 
 func (x *GetMetricsRequest) Reset() {
 	*x = GetMetricsRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_hostagent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -713,7 +801,7 @@ func (x *GetMetricsRequest) String() string {
 func (*GetMetricsRequest) ProtoMessage() {}
 
 func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_hostagent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -726,7 +814,7 @@ func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsRequest.ProtoReflect.Descriptor instead.
 func (*GetMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{12}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GetMetricsRequest) GetSandboxIds() []string {
@@ -766,7 +854,7 @@ type GetMetricsResponse struct {
 
 func (x *GetMetricsResponse) Reset() {
 	*x = GetMetricsResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_hostagent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -778,7 +866,7 @@ func (x *GetMetricsResponse) String() string {
 func (*GetMetricsResponse) ProtoMessage() {}
 
 func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_hostagent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -791,7 +879,7 @@ func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsResponse.ProtoReflect.Descriptor instead.
 func (*GetMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{13}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GetMetricsResponse) GetSeries() map[string]*MetricSeries {
@@ -810,7 +898,7 @@ type MetricSeries struct {
 
 func (x *MetricSeries) Reset() {
 	*x = MetricSeries{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_hostagent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -822,7 +910,7 @@ func (x *MetricSeries) String() string {
 func (*MetricSeries) ProtoMessage() {}
 
 func (x *MetricSeries) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_hostagent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -835,7 +923,7 @@ func (x *MetricSeries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricSeries.ProtoReflect.Descriptor instead.
 func (*MetricSeries) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{14}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MetricSeries) GetSamples() []*MetricSample {
@@ -861,7 +949,7 @@ type MetricSample struct {
 
 func (x *MetricSample) Reset() {
 	*x = MetricSample{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_hostagent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -873,7 +961,7 @@ func (x *MetricSample) String() string {
 func (*MetricSample) ProtoMessage() {}
 
 func (x *MetricSample) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_hostagent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -886,7 +974,7 @@ func (x *MetricSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricSample.ProtoReflect.Descriptor instead.
 func (*MetricSample) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{15}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *MetricSample) GetTime() *timestamppb.Timestamp {
@@ -955,7 +1043,7 @@ type GetLogsRequest struct {
 
 func (x *GetLogsRequest) Reset() {
 	*x = GetLogsRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_hostagent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -967,7 +1055,7 @@ func (x *GetLogsRequest) String() string {
 func (*GetLogsRequest) ProtoMessage() {}
 
 func (x *GetLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_hostagent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -980,7 +1068,7 @@ func (x *GetLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLogsRequest.ProtoReflect.Descriptor instead.
 func (*GetLogsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{16}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetLogsRequest) GetSandboxId() string {
@@ -1006,7 +1094,7 @@ type GetLogsResponse struct {
 
 func (x *GetLogsResponse) Reset() {
 	*x = GetLogsResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_hostagent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1018,7 +1106,7 @@ func (x *GetLogsResponse) String() string {
 func (*GetLogsResponse) ProtoMessage() {}
 
 func (x *GetLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_hostagent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1031,7 +1119,7 @@ func (x *GetLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLogsResponse.ProtoReflect.Descriptor instead.
 func (*GetLogsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{17}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetLogsResponse) GetEntries() []*LogEntry {
@@ -1053,7 +1141,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_hostagent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1153,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_hostagent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1166,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{18}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -1150,7 +1238,12 @@ const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\x12StopSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x15\n" +
-	"\x13StopSandboxResponse\"\x16\n" +
+	"\x13StopSandboxResponse\"Y\n" +
+	"\x15SetAccessTokenRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
+	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\"\x18\n" +
+	"\x16SetAccessTokenResponse\"\x16\n" +
 	"\x14ListSandboxesRequest\"O\n" +
 	"\x15ListSandboxesResponse\x126\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x18.hostagent.SandboxStatusR\tsandboxes\"\xb1\x01\n" +
@@ -1203,11 +1296,12 @@ const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\x06fields\x18\x04 \x03(\v2\x1f.hostagent.LogEntry.FieldsEntryR\x06fields\x1a9\n" +
 	"\vFieldsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x012\xa9\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x012\x80\x05\n" +
 	"\tHostAgent\x12@\n" +
 	"\aGetHost\x12\x19.hostagent.GetHostRequest\x1a\x1a.hostagent.GetHostResponse\x12R\n" +
 	"\rCreateSandbox\x12\x1f.hostagent.CreateSandboxRequest\x1a .hostagent.CreateSandboxResponse\x12L\n" +
-	"\vStopSandbox\x12\x1d.hostagent.StopSandboxRequest\x1a\x1e.hostagent.StopSandboxResponse\x12R\n" +
+	"\vStopSandbox\x12\x1d.hostagent.StopSandboxRequest\x1a\x1e.hostagent.StopSandboxResponse\x12U\n" +
+	"\x0eSetAccessToken\x12 .hostagent.SetAccessTokenRequest\x1a!.hostagent.SetAccessTokenResponse\x12R\n" +
 	"\rListSandboxes\x12\x1f.hostagent.ListSandboxesRequest\x1a .hostagent.ListSandboxesResponse\x12W\n" +
 	"\x0eWatchSandboxes\x12 .hostagent.WatchSandboxesRequest\x1a!.hostagent.WatchSandboxesResponse0\x01\x12I\n" +
 	"\n" +
@@ -1226,7 +1320,7 @@ func file_hostagent_hostagent_proto_rawDescGZIP() []byte {
 	return file_hostagent_hostagent_proto_rawDescData
 }
 
-var file_hostagent_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_hostagent_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_hostagent_hostagent_proto_goTypes = []any{
 	(*GetHostRequest)(nil),         // 0: hostagent.GetHostRequest
 	(*GetHostResponse)(nil),        // 1: hostagent.GetHostResponse
@@ -1235,55 +1329,59 @@ var file_hostagent_hostagent_proto_goTypes = []any{
 	(*CreateSandboxResponse)(nil),  // 4: hostagent.CreateSandboxResponse
 	(*StopSandboxRequest)(nil),     // 5: hostagent.StopSandboxRequest
 	(*StopSandboxResponse)(nil),    // 6: hostagent.StopSandboxResponse
-	(*ListSandboxesRequest)(nil),   // 7: hostagent.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),  // 8: hostagent.ListSandboxesResponse
-	(*SandboxStatus)(nil),          // 9: hostagent.SandboxStatus
-	(*WatchSandboxesRequest)(nil),  // 10: hostagent.WatchSandboxesRequest
-	(*WatchSandboxesResponse)(nil), // 11: hostagent.WatchSandboxesResponse
-	(*GetMetricsRequest)(nil),      // 12: hostagent.GetMetricsRequest
-	(*GetMetricsResponse)(nil),     // 13: hostagent.GetMetricsResponse
-	(*MetricSeries)(nil),           // 14: hostagent.MetricSeries
-	(*MetricSample)(nil),           // 15: hostagent.MetricSample
-	(*GetLogsRequest)(nil),         // 16: hostagent.GetLogsRequest
-	(*GetLogsResponse)(nil),        // 17: hostagent.GetLogsResponse
-	(*LogEntry)(nil),               // 18: hostagent.LogEntry
-	nil,                            // 19: hostagent.CreateSandboxRequest.EnvVarsEntry
-	nil,                            // 20: hostagent.GetMetricsResponse.SeriesEntry
-	nil,                            // 21: hostagent.LogEntry.FieldsEntry
-	(*timestamppb.Timestamp)(nil),  // 22: google.protobuf.Timestamp
+	(*SetAccessTokenRequest)(nil),  // 7: hostagent.SetAccessTokenRequest
+	(*SetAccessTokenResponse)(nil), // 8: hostagent.SetAccessTokenResponse
+	(*ListSandboxesRequest)(nil),   // 9: hostagent.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),  // 10: hostagent.ListSandboxesResponse
+	(*SandboxStatus)(nil),          // 11: hostagent.SandboxStatus
+	(*WatchSandboxesRequest)(nil),  // 12: hostagent.WatchSandboxesRequest
+	(*WatchSandboxesResponse)(nil), // 13: hostagent.WatchSandboxesResponse
+	(*GetMetricsRequest)(nil),      // 14: hostagent.GetMetricsRequest
+	(*GetMetricsResponse)(nil),     // 15: hostagent.GetMetricsResponse
+	(*MetricSeries)(nil),           // 16: hostagent.MetricSeries
+	(*MetricSample)(nil),           // 17: hostagent.MetricSample
+	(*GetLogsRequest)(nil),         // 18: hostagent.GetLogsRequest
+	(*GetLogsResponse)(nil),        // 19: hostagent.GetLogsResponse
+	(*LogEntry)(nil),               // 20: hostagent.LogEntry
+	nil,                            // 21: hostagent.CreateSandboxRequest.EnvVarsEntry
+	nil,                            // 22: hostagent.GetMetricsResponse.SeriesEntry
+	nil,                            // 23: hostagent.LogEntry.FieldsEntry
+	(*timestamppb.Timestamp)(nil),  // 24: google.protobuf.Timestamp
 }
 var file_hostagent_hostagent_proto_depIdxs = []int32{
 	2,  // 0: hostagent.CreateSandboxRequest.resources:type_name -> hostagent.Resources
-	19, // 1: hostagent.CreateSandboxRequest.env_vars:type_name -> hostagent.CreateSandboxRequest.EnvVarsEntry
-	9,  // 2: hostagent.ListSandboxesResponse.sandboxes:type_name -> hostagent.SandboxStatus
-	22, // 3: hostagent.SandboxStatus.changed_at:type_name -> google.protobuf.Timestamp
-	9,  // 4: hostagent.WatchSandboxesResponse.ended:type_name -> hostagent.SandboxStatus
-	22, // 5: hostagent.GetMetricsRequest.start:type_name -> google.protobuf.Timestamp
-	22, // 6: hostagent.GetMetricsRequest.end:type_name -> google.protobuf.Timestamp
-	20, // 7: hostagent.GetMetricsResponse.series:type_name -> hostagent.GetMetricsResponse.SeriesEntry
-	15, // 8: hostagent.MetricSeries.samples:type_name -> hostagent.MetricSample
-	22, // 9: hostagent.MetricSample.time:type_name -> google.protobuf.Timestamp
-	22, // 10: hostagent.GetLogsRequest.after:type_name -> google.protobuf.Timestamp
-	18, // 11: hostagent.GetLogsResponse.entries:type_name -> hostagent.LogEntry
-	22, // 12: hostagent.LogEntry.time:type_name -> google.protobuf.Timestamp
-	21, // 13: hostagent.LogEntry.fields:type_name -> hostagent.LogEntry.FieldsEntry
-	14, // 14: hostagent.GetMetricsResponse.SeriesEntry.value:type_name -> hostagent.MetricSeries
+	21, // 1: hostagent.CreateSandboxRequest.env_vars:type_name -> hostagent.CreateSandboxRequest.EnvVarsEntry
+	11, // 2: hostagent.ListSandboxesResponse.sandboxes:type_name -> hostagent.SandboxStatus
+	24, // 3: hostagent.SandboxStatus.changed_at:type_name -> google.protobuf.Timestamp
+	11, // 4: hostagent.WatchSandboxesResponse.ended:type_name -> hostagent.SandboxStatus
+	24, // 5: hostagent.GetMetricsRequest.start:type_name -> google.protobuf.Timestamp
+	24, // 6: hostagent.GetMetricsRequest.end:type_name -> google.protobuf.Timestamp
+	22, // 7: hostagent.GetMetricsResponse.series:type_name -> hostagent.GetMetricsResponse.SeriesEntry
+	17, // 8: hostagent.MetricSeries.samples:type_name -> hostagent.MetricSample
+	24, // 9: hostagent.MetricSample.time:type_name -> google.protobuf.Timestamp
+	24, // 10: hostagent.GetLogsRequest.after:type_name -> google.protobuf.Timestamp
+	20, // 11: hostagent.GetLogsResponse.entries:type_name -> hostagent.LogEntry
+	24, // 12: hostagent.LogEntry.time:type_name -> google.protobuf.Timestamp
+	23, // 13: hostagent.LogEntry.fields:type_name -> hostagent.LogEntry.FieldsEntry
+	16, // 14: hostagent.GetMetricsResponse.SeriesEntry.value:type_name -> hostagent.MetricSeries
 	0,  // 15: hostagent.HostAgent.GetHost:input_type -> hostagent.GetHostRequest
 	3,  // 16: hostagent.HostAgent.CreateSandbox:input_type -> hostagent.CreateSandboxRequest
 	5,  // 17: hostagent.HostAgent.StopSandbox:input_type -> hostagent.StopSandboxRequest
-	7,  // 18: hostagent.HostAgent.ListSandboxes:input_type -> hostagent.ListSandboxesRequest
-	10, // 19: hostagent.HostAgent.WatchSandboxes:input_type -> hostagent.WatchSandboxesRequest
-	12, // 20: hostagent.HostAgent.GetMetrics:input_type -> hostagent.GetMetricsRequest
-	16, // 21: hostagent.HostAgent.GetLogs:input_type -> hostagent.GetLogsRequest
-	1,  // 22: hostagent.HostAgent.GetHost:output_type -> hostagent.GetHostResponse
-	4,  // 23: hostagent.HostAgent.CreateSandbox:output_type -> hostagent.CreateSandboxResponse
-	6,  // 24: hostagent.HostAgent.StopSandbox:output_type -> hostagent.StopSandboxResponse
-	8,  // 25: hostagent.HostAgent.ListSandboxes:output_type -> hostagent.ListSandboxesResponse
-	11, // 26: hostagent.HostAgent.WatchSandboxes:output_type -> hostagent.WatchSandboxesResponse
-	13, // 27: hostagent.HostAgent.GetMetrics:output_type -> hostagent.GetMetricsResponse
-	17, // 28: hostagent.HostAgent.GetLogs:output_type -> hostagent.GetLogsResponse
-	22, // [22:29] is the sub-list for method output_type
-	15, // [15:22] is the sub-list for method input_type
+	7,  // 18: hostagent.HostAgent.SetAccessToken:input_type -> hostagent.SetAccessTokenRequest
+	9,  // 19: hostagent.HostAgent.ListSandboxes:input_type -> hostagent.ListSandboxesRequest
+	12, // 20: hostagent.HostAgent.WatchSandboxes:input_type -> hostagent.WatchSandboxesRequest
+	14, // 21: hostagent.HostAgent.GetMetrics:input_type -> hostagent.GetMetricsRequest
+	18, // 22: hostagent.HostAgent.GetLogs:input_type -> hostagent.GetLogsRequest
+	1,  // 23: hostagent.HostAgent.GetHost:output_type -> hostagent.GetHostResponse
+	4,  // 24: hostagent.HostAgent.CreateSandbox:output_type -> hostagent.CreateSandboxResponse
+	6,  // 25: hostagent.HostAgent.StopSandbox:output_type -> hostagent.StopSandboxResponse
+	8,  // 26: hostagent.HostAgent.SetAccessToken:output_type -> hostagent.SetAccessTokenResponse
+	10, // 27: hostagent.HostAgent.ListSandboxes:output_type -> hostagent.ListSandboxesResponse
+	13, // 28: hostagent.HostAgent.WatchSandboxes:output_type -> hostagent.WatchSandboxesResponse
+	15, // 29: hostagent.HostAgent.GetMetrics:output_type -> hostagent.GetMetricsResponse
+	19, // 30: hostagent.HostAgent.GetLogs:output_type -> hostagent.GetLogsResponse
+	23, // [23:31] is the sub-list for method output_type
+	15, // [15:23] is the sub-list for method input_type
 	15, // [15:15] is the sub-list for extension type_name
 	15, // [15:15] is the sub-list for extension extendee
 	0,  // [0:15] is the sub-list for field type_name
@@ -1300,7 +1398,7 @@ func file_hostagent_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_hostagent_proto_rawDesc), len(file_hostagent_hostagent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

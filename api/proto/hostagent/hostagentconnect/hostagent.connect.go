@@ -42,6 +42,9 @@ const (
 	HostAgentCreateSandboxProcedure = "/hostagent.HostAgent/CreateSandbox"
 	// HostAgentStopSandboxProcedure is the fully-qualified name of the HostAgent's StopSandbox RPC.
 	HostAgentStopSandboxProcedure = "/hostagent.HostAgent/StopSandbox"
+	// HostAgentSetAccessTokenProcedure is the fully-qualified name of the HostAgent's SetAccessToken
+	// RPC.
+	HostAgentSetAccessTokenProcedure = "/hostagent.HostAgent/SetAccessToken"
 	// HostAgentListSandboxesProcedure is the fully-qualified name of the HostAgent's ListSandboxes RPC.
 	HostAgentListSandboxesProcedure = "/hostagent.HostAgent/ListSandboxes"
 	// HostAgentWatchSandboxesProcedure is the fully-qualified name of the HostAgent's WatchSandboxes
@@ -64,6 +67,11 @@ type HostAgentClient interface {
 	// StopSandbox ends a sandbox and frees all it holds. Idempotent: an unknown
 	// id is a success.
 	StopSandbox(context.Context, *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error)
+	// SetAccessToken gives the agent the token of a sandbox that it took over from
+	// an earlier agent: it keeps none on disk, and needs it to fetch metrics and
+	// logs. The control plane calls it for each running sandbox after it has
+	// connected. not_found: no such sandbox.
+	SetAccessToken(context.Context, *hostagent.SetAccessTokenRequest) (*hostagent.SetAccessTokenResponse, error)
 	// ListSandboxes returns every sandbox that the agent owns.
 	ListSandboxes(context.Context, *hostagent.ListSandboxesRequest) (*hostagent.ListSandboxesResponse, error)
 	// WatchSandboxes streams the ends of sandboxes that nobody asked for (guest
@@ -107,6 +115,12 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("StopSandbox")),
 			connect.WithClientOptions(opts...),
 		),
+		setAccessToken: connect.NewClient[hostagent.SetAccessTokenRequest, hostagent.SetAccessTokenResponse](
+			httpClient,
+			baseURL+HostAgentSetAccessTokenProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("SetAccessToken")),
+			connect.WithClientOptions(opts...),
+		),
 		listSandboxes: connect.NewClient[hostagent.ListSandboxesRequest, hostagent.ListSandboxesResponse](
 			httpClient,
 			baseURL+HostAgentListSandboxesProcedure,
@@ -139,6 +153,7 @@ type hostAgentClient struct {
 	getHost        *connect.Client[hostagent.GetHostRequest, hostagent.GetHostResponse]
 	createSandbox  *connect.Client[hostagent.CreateSandboxRequest, hostagent.CreateSandboxResponse]
 	stopSandbox    *connect.Client[hostagent.StopSandboxRequest, hostagent.StopSandboxResponse]
+	setAccessToken *connect.Client[hostagent.SetAccessTokenRequest, hostagent.SetAccessTokenResponse]
 	listSandboxes  *connect.Client[hostagent.ListSandboxesRequest, hostagent.ListSandboxesResponse]
 	watchSandboxes *connect.Client[hostagent.WatchSandboxesRequest, hostagent.WatchSandboxesResponse]
 	getMetrics     *connect.Client[hostagent.GetMetricsRequest, hostagent.GetMetricsResponse]
@@ -166,6 +181,15 @@ func (c *hostAgentClient) CreateSandbox(ctx context.Context, req *hostagent.Crea
 // StopSandbox calls hostagent.HostAgent.StopSandbox.
 func (c *hostAgentClient) StopSandbox(ctx context.Context, req *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error) {
 	response, err := c.stopSandbox.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// SetAccessToken calls hostagent.HostAgent.SetAccessToken.
+func (c *hostAgentClient) SetAccessToken(ctx context.Context, req *hostagent.SetAccessTokenRequest) (*hostagent.SetAccessTokenResponse, error) {
+	response, err := c.setAccessToken.CallUnary(ctx, connect.NewRequest(req))
 	if response != nil {
 		return response.Msg, err
 	}
@@ -215,6 +239,11 @@ type HostAgentHandler interface {
 	// StopSandbox ends a sandbox and frees all it holds. Idempotent: an unknown
 	// id is a success.
 	StopSandbox(context.Context, *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error)
+	// SetAccessToken gives the agent the token of a sandbox that it took over from
+	// an earlier agent: it keeps none on disk, and needs it to fetch metrics and
+	// logs. The control plane calls it for each running sandbox after it has
+	// connected. not_found: no such sandbox.
+	SetAccessToken(context.Context, *hostagent.SetAccessTokenRequest) (*hostagent.SetAccessTokenResponse, error)
 	// ListSandboxes returns every sandbox that the agent owns.
 	ListSandboxes(context.Context, *hostagent.ListSandboxesRequest) (*hostagent.ListSandboxesResponse, error)
 	// WatchSandboxes streams the ends of sandboxes that nobody asked for (guest
@@ -254,6 +283,12 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("StopSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentSetAccessTokenHandler := connect.NewUnaryHandlerSimple(
+		HostAgentSetAccessTokenProcedure,
+		svc.SetAccessToken,
+		connect.WithSchema(hostAgentMethods.ByName("SetAccessToken")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentListSandboxesHandler := connect.NewUnaryHandlerSimple(
 		HostAgentListSandboxesProcedure,
 		svc.ListSandboxes,
@@ -286,6 +321,8 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentCreateSandboxHandler.ServeHTTP(w, r)
 		case HostAgentStopSandboxProcedure:
 			hostAgentStopSandboxHandler.ServeHTTP(w, r)
+		case HostAgentSetAccessTokenProcedure:
+			hostAgentSetAccessTokenHandler.ServeHTTP(w, r)
 		case HostAgentListSandboxesProcedure:
 			hostAgentListSandboxesHandler.ServeHTTP(w, r)
 		case HostAgentWatchSandboxesProcedure:
@@ -313,6 +350,10 @@ func (UnimplementedHostAgentHandler) CreateSandbox(context.Context, *hostagent.C
 
 func (UnimplementedHostAgentHandler) StopSandbox(context.Context, *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.StopSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) SetAccessToken(context.Context, *hostagent.SetAccessTokenRequest) (*hostagent.SetAccessTokenResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.SetAccessToken is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) ListSandboxes(context.Context, *hostagent.ListSandboxesRequest) (*hostagent.ListSandboxesResponse, error) {
