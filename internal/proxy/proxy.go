@@ -1,0 +1,166 @@
+// Package proxy is the data plane: it finds out which sandbox and port a request
+// is for, carries it there and the answer back, byte for byte and without
+// collecting bodies, and breaks every stream of a sandbox off when it is gone.
+//
+// Each sandbox has two connection pools of its own, one for the ports of the
+// user's applications and one for the guest agent's port. Nothing is shared
+// between them, so applications at full load do not slow terminals, and a
+// connection made for one sandbox can never serve another that got its address.
+package proxy
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// AgentPort is the guest agent's port inside every sandbox.
+const AgentPort = 49983
+
+// Target says where a sandbox is reached.
+type Target struct {
+	SandboxID string
+	Addr      netip.Addr // at which all its ports are reached
+}
+
+// A Resolver finds running sandboxes. Errors are of the kinds of package sandbox:
+// ErrNotFound (and ErrInvalid) become the 502 that clients take for "gone", the
+// kinds for passing trouble a 503, an error without a kind a 500.
+type Resolver interface {
+	Resolve(ctx context.Context, id string) (Target, error)
+}
+
+// DialFunc opens a connection to a guest's port.
+type DialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// Config is what a Proxy needs.
+type Config struct {
+	Resolver Resolver
+	// Domain is the suffix of sandbox hosts, "{port}-{id}.{Domain}"; a port in it
+	// is ignored. Without a Domain any suffix is good, see Proxy.Route.
+	Domain string
+	Log    *slog.Logger
+	Dial   DialFunc // nil: TCP
+}
+
+// Proxy is an http.Handler for data-plane requests.
+type Proxy struct {
+	resolver Resolver
+	domain   string // host name in lower case, no port; may be empty
+	log      *slog.Logger
+	dial     DialFunc
+	buffers  bufferPool
+
+	mu     sync.Mutex // guards the rest and the insides of every guest
+	guests map[string]*guest
+	closed bool
+}
+
+// New returns a proxy. Close ends it.
+func New(cfg Config) *Proxy {
+	p := &Proxy{
+		resolver: cfg.Resolver,
+		domain:   hostname(cfg.Domain),
+		log:      cfg.Log,
+		dial:     cfg.Dial,
+		guests:   make(map[string]*guest),
+	}
+	if p.log == nil {
+		p.log = slog.New(slog.DiscardHandler)
+	}
+	if p.dial == nil {
+		p.dial = (&net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}).DialContext
+	}
+	return p
+}
+
+// ServeHTTP serves a data-plane request; one that is for no sandbox gets 400.
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	d, ok, err := p.Route(r)
+	switch {
+	case err != nil:
+		RouteError(w, err)
+	case !ok:
+		RouteError(w, errInvalidHost)
+	default:
+		p.Forward(w, r, d)
+	}
+}
+
+// Forward carries a request to d. It panics with http.ErrAbortHandler when the
+// answer breaks off after its header was sent, as httputil.ReverseProxy does.
+func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
+	if r.Method == http.MethodConnect {
+		writeFailure(w, r, failure{Message: "CONNECT is not served here", Code: http.StatusMethodNotAllowed})
+		return
+	}
+	target, ok := rawTarget(r)
+	if !ok {
+		writeFailure(w, r, failure{Message: "The request target is malformed", Code: http.StatusBadRequest})
+		return
+	}
+	if d.Port == AgentPort && agentInternal(target.path) {
+		writeFailure(w, r, failure{Message: "This route of the guest agent is not reachable from outside", Code: http.StatusNotFound})
+		return
+	}
+
+	s, ok := p.begin(w, r, d)
+	if !ok {
+		writeFailure(w, r, failure{SandboxID: d.SandboxID, Message: "The proxy is shutting down", Code: http.StatusServiceUnavailable})
+		return
+	}
+	defer p.end(s)
+	s.target = target
+
+	// Resolving comes after begin: if the sandbox goes away between the two,
+	// Evict finds the stream and aborts it, and it never dials an address that
+	// may belong to another sandbox by then.
+	where, err := p.resolver.Resolve(s.ctx, d.SandboxID)
+	if err != nil {
+		p.failResolve(s, r, err)
+		return
+	}
+	s.addr = netip.AddrPortFrom(where.Addr, d.Port)
+	if r.ProtoMajor == 1 {
+		// Otherwise net/http reads the rest of the request before it sends the
+		// answer, and an application that answers while it reads would stall.
+		// Failure means that w cannot do it, which is no reason to refuse.
+		_ = http.NewResponseController(w).EnableFullDuplex()
+	}
+	s.guest.route(d.Port).ServeHTTP(s, r.WithContext(s.ctx))
+}
+
+// Evict breaks off everything that goes on with a sandbox: requests that have no
+// answer yet get the 502 of a sandbox that is gone, answers under way end in a
+// reset, upgraded connections and idle ones are closed. Call it when the
+// Resolver no longer resolves id, or resolves it to another place. It does not
+// wait for the handlers to return.
+func (p *Proxy) Evict(id string) {
+	p.mu.Lock()
+	g := p.guests[id]
+	if g == nil {
+		p.mu.Unlock()
+		return
+	}
+	streams, conns := p.detach(g)
+	p.mu.Unlock()
+	g.breakOff(streams, conns)
+}
+
+// Close evicts every sandbox and refuses requests from then on.
+func (p *Proxy) Close() {
+	p.mu.Lock()
+	p.closed = true
+	ids := make([]string, 0, len(p.guests))
+	for id := range p.guests {
+		ids = append(ids, id)
+	}
+	p.mu.Unlock()
+	for _, id := range ids {
+		p.Evict(id)
+	}
+}

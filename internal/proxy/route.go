@@ -1,0 +1,152 @@
+package proxy
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// Headers that name the sandbox where the host does not.
+const (
+	HeaderSandboxID   = "E2b-Sandbox-Id"
+	HeaderSandboxPort = "E2b-Sandbox-Port"
+)
+
+var (
+	errInvalidHost = sandbox.Errorf(sandbox.ErrInvalid, "Invalid host: want {port}-{sandbox id}.{domain}")
+	errInvalidID   = sandbox.Errorf(sandbox.ErrInvalid, "Invalid sandbox ID: want letters a-z and digits")
+	errInvalidPort = sandbox.Errorf(sandbox.ErrInvalid, "Invalid sandbox port: want 1 to 65535")
+	errHeaders     = sandbox.Errorf(sandbox.ErrInvalid, "Invalid routing headers: want %s and %s, once each", HeaderSandboxID, HeaderSandboxPort)
+)
+
+// Destination is a port of a sandbox.
+type Destination struct {
+	SandboxID string
+	Port      uint16
+}
+
+// Route decides whether a request is for a sandbox, and for which. An error (of
+// kind ErrInvalid) means that it is a data-plane request which names none
+// properly.
+//
+// Under the domain the host alone decides and routing headers are not looked at:
+// "{port}-{id}[-{legacy}].{domain}" is a sandbox, "sandbox.{domain}" is the host
+// that all sandboxes share and takes routing headers, "api.{domain}" and the
+// domain itself are not ours, every other name is an error.
+//
+// Any other host (localhost, an IP address, the machine's own name) cannot say
+// which sandbox is meant, so there routing headers decide, if there are any.
+// Without a domain a host of exactly the form "{port}-{id}.…" is a sandbox
+// whatever its suffix is, which makes localhost and wildcard DNS services work
+// without configuration.
+func (p *Proxy) Route(r *http.Request) (Destination, bool, error) {
+	host := hostname(r.Host)
+	if label, ok := underDomain(host, p.domain); ok {
+		switch label {
+		case "api":
+			return Destination{}, false, nil
+		case "sandbox":
+			d, err := parseHeaders(r.Header)
+			return d, true, err
+		}
+		d, err := parseLabel(label)
+		return d, true, err
+	}
+	if p.domain == "" {
+		label, _, dotted := strings.Cut(host, ".")
+		if d, err := parseLabel(label); dotted && err == nil && len(d.SandboxID) == sandbox.IDLength {
+			return d, true, nil
+		}
+	}
+	if len(r.Header[HeaderSandboxID]) == 0 && len(r.Header[HeaderSandboxPort]) == 0 {
+		return Destination{}, false, nil
+	}
+	d, err := parseHeaders(r.Header)
+	return d, true, err
+}
+
+// RouteError answers a request that Route refused: plain text, as clients know it.
+func RouteError(w http.ResponseWriter, err error) {
+	msg, ok := sandbox.Message(err)
+	if !ok {
+		msg = "Invalid request"
+	}
+	http.Error(w, msg, http.StatusBadRequest)
+}
+
+// underDomain returns what precedes ".{domain}" in host.
+func underDomain(host, domain string) (string, bool) {
+	if domain == "" {
+		return "", false
+	}
+	rest, ok := strings.CutSuffix(host, domain)
+	if !ok {
+		return "", false
+	}
+	return strings.CutSuffix(rest, ".")
+}
+
+// parseLabel reads "{port}-{id}" or "{port}-{id}-{legacy}". The third part is the
+// client id that old hosts end in; it means nothing.
+func parseLabel(label string) (Destination, error) {
+	parts := strings.Split(label, "-")
+	if len(parts) != 2 && len(parts) != 3 {
+		return Destination{}, errInvalidHost
+	}
+	if len(parts) == 3 && !validID(parts[2]) {
+		return Destination{}, errInvalidHost
+	}
+	return parseDestination(parts[1], parts[0])
+}
+
+// parseHeaders reads the routing headers; the id may have a legacy client id too.
+func parseHeaders(h http.Header) (Destination, error) {
+	ids, ports := h[HeaderSandboxID], h[HeaderSandboxPort]
+	if len(ids) != 1 || len(ports) != 1 {
+		return Destination{}, errHeaders
+	}
+	id, legacy, found := strings.Cut(ids[0], "-")
+	if found && !validID(legacy) {
+		return Destination{}, errInvalidID
+	}
+	return parseDestination(id, ports[0])
+}
+
+func parseDestination(id, port string) (Destination, error) {
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 || port[0] == '0' {
+		return Destination{}, errInvalidPort
+	}
+	if !validID(id) {
+		return Destination{}, errInvalidID
+	}
+	return Destination{SandboxID: id, Port: uint16(n)}, nil
+}
+
+// validID accepts more than sandbox.ParseID does: an id of the right alphabet but
+// another length is simply not found, which is what clients expect.
+func validID(id string) bool {
+	if id == "" || len(id) > 63 {
+		return false
+	}
+	for _, c := range []byte(id) {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') {
+			return false
+		}
+	}
+	return true
+}
+
+// hostname returns the name in a Host header or domain: lower case, without
+// port, brackets and the root's dot.
+func hostname(hostport string) string {
+	h := strings.ToLower(hostport)
+	if strings.HasPrefix(h, "[") {
+		h, _, _ = strings.Cut(h[1:], "]")
+		return h
+	}
+	h, _, _ = strings.Cut(h, ":")
+	return strings.TrimSuffix(h, ".")
+}
