@@ -1,0 +1,206 @@
+package client
+
+import (
+	"context"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Info is what the control API tells about a sandbox. Create and Connect leave
+// out what only Get and List know (times, sizes, state, metadata).
+type Info struct {
+	SandboxID       string            `json:"sandboxID"`
+	TemplateID      string            `json:"templateID"`
+	Alias           string            `json:"alias,omitempty"`
+	ClientID        string            `json:"clientID,omitempty"`
+	State           string            `json:"state,omitempty"`
+	StartedAt       time.Time         `json:"startedAt,omitzero"`
+	EndAt           time.Time         `json:"endAt,omitzero"`
+	CPUCount        int               `json:"cpuCount,omitempty"`
+	MemoryMB        int64             `json:"memoryMB,omitempty"`
+	DiskSizeMB      int64             `json:"diskSizeMB,omitempty"`
+	Metadata        map[string]string `json:"metadata,omitempty"`
+	EnvdVersion     string            `json:"envdVersion,omitempty"`
+	EnvdAccessToken string            `json:"envdAccessToken,omitempty"` // a secret: for envd only
+	Domain          string            `json:"domain,omitempty"`
+}
+
+// CreateRequest describes a sandbox to create. Zero values leave the choice to
+// the platform.
+type CreateRequest struct {
+	TemplateID          string
+	Timeout             time.Duration // time to live; rounded up to seconds
+	Metadata            map[string]string
+	EnvVars             map[string]string
+	AllowInternetAccess *bool
+}
+
+// Create starts a sandbox and returns when it serves. Its processes and files are
+// protected by the access token in the answer.
+func (c *Client) Create(ctx context.Context, r CreateRequest) (Info, error) {
+	body := struct {
+		TemplateID          string            `json:"templateID"`
+		Timeout             int64             `json:"timeout,omitempty"`
+		Metadata            map[string]string `json:"metadata,omitempty"`
+		EnvVars             map[string]string `json:"envVars,omitempty"`
+		AllowInternetAccess *bool             `json:"allow_internet_access,omitempty"`
+	}{r.TemplateID, seconds(r.Timeout), r.Metadata, r.EnvVars, r.AllowInternetAccess}
+	var info Info
+	_, err := c.call(ctx, "create sandbox", http.MethodPost, "/v2/sandboxes", body, &info)
+	return info, err
+}
+
+// Get describes one sandbox.
+func (c *Client) Get(ctx context.Context, id string) (Info, error) {
+	var info Info
+	_, err := c.call(ctx, "get sandbox", http.MethodGet, "/sandboxes/"+url.PathEscape(id), nil, &info)
+	return info, err
+}
+
+// Kill ends a sandbox. When it returns, nothing of the sandbox runs any more.
+func (c *Client) Kill(ctx context.Context, id string) error {
+	_, err := c.call(ctx, "kill sandbox", http.MethodDelete, "/sandboxes/"+url.PathEscape(id), nil, nil)
+	return err
+}
+
+// SetTimeout makes a sandbox end d from now, earlier or later than before.
+func (c *Client) SetTimeout(ctx context.Context, id string, d time.Duration) error {
+	body := struct {
+		Timeout int64 `json:"timeout"`
+	}{seconds(d)}
+	_, err := c.call(ctx, "set timeout", http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/timeout", body, nil)
+	return err
+}
+
+// Refresh makes a sandbox live for d from now at least; d is at most an hour.
+func (c *Client) Refresh(ctx context.Context, id string, d time.Duration) error {
+	body := struct {
+		Duration int64 `json:"duration"`
+	}{seconds(d)}
+	_, err := c.call(ctx, "refresh sandbox", http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/refreshes", body, nil)
+	return err
+}
+
+// Connect returns what is needed to talk to a sandbox, which it resumes when it
+// is paused, and makes it live for d from now at least (zero: the platform's
+// default).
+func (c *Client) Connect(ctx context.Context, id string, d time.Duration) (Info, error) {
+	body := struct {
+		Timeout int64 `json:"timeout,omitempty"`
+	}{seconds(d)}
+	var info Info
+	_, err := c.call(ctx, "connect to sandbox", http.MethodPost, "/v2/sandboxes/"+url.PathEscape(id)+"/connect", body, &info)
+	return info, err
+}
+
+// ListQuery says which sandboxes to list. The zero value lists all.
+type ListQuery struct {
+	Metadata map[string]string // all of these
+	States   []string          // any of these: running, paused
+	Limit    int               // page size, 1 to 100; zero: 100
+	Page     string            // where to go on, from the call before
+}
+
+// List returns one page of the caller's sandboxes, newest first, and where the
+// next page begins: empty after the last one.
+func (c *Client) List(ctx context.Context, q ListQuery) (page []Info, next string, err error) {
+	values := url.Values{}
+	if len(q.Metadata) > 0 {
+		// The value is a query string of its own, its parts escaped once more, as
+		// E2B's clients send it.
+		pairs := url.Values{}
+		for k, v := range q.Metadata {
+			pairs.Set(url.PathEscape(k), url.PathEscape(v))
+		}
+		values.Set("metadata", pairs.Encode())
+	}
+	if len(q.States) > 0 {
+		values.Set("state", strings.Join(q.States, ","))
+	}
+	if q.Limit > 0 {
+		values.Set("limit", strconv.Itoa(q.Limit))
+	}
+	if q.Page != "" {
+		values.Set("nextToken", q.Page)
+	}
+	path := "/v2/sandboxes"
+	if len(values) > 0 {
+		path += "?" + values.Encode()
+	}
+	header, err := c.call(ctx, "list sandboxes", http.MethodGet, path, nil, &page)
+	return page, header.Get("X-Next-Token"), err
+}
+
+// ListAll returns every sandbox that the query matches, all pages of it.
+func (c *Client) ListAll(ctx context.Context, q ListQuery) ([]Info, error) {
+	var all []Info
+	for {
+		page, next, err := c.List(ctx, q)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, page...)
+		if next == "" || next == q.Page {
+			return all, nil
+		}
+		q.Page = next
+	}
+}
+
+// Metric is a sandbox's use of resources at one time.
+type Metric struct {
+	Timestamp     time.Time `json:"timestamp"`
+	TimestampUnix int64     `json:"timestampUnix"`
+	CPUCount      int       `json:"cpuCount"`
+	CPUUsedPct    float64   `json:"cpuUsedPct"` // 100 is one whole CPU
+	MemUsed       int64     `json:"memUsed"`    // bytes, as all sizes here
+	MemTotal      int64     `json:"memTotal"`
+	MemCache      int64     `json:"memCache"`
+	DiskUsed      int64     `json:"diskUsed"`
+	DiskTotal     int64     `json:"diskTotal"`
+}
+
+// Metrics returns a sandbox's use of resources over time; a zero start or end
+// leaves that side open.
+func (c *Client) Metrics(ctx context.Context, id string, start, end time.Time) ([]Metric, error) {
+	values := url.Values{}
+	if !start.IsZero() {
+		values.Set("start", strconv.FormatInt(start.Unix(), 10))
+	}
+	if !end.IsZero() {
+		values.Set("end", strconv.FormatInt(end.Unix(), 10))
+	}
+	var metrics []Metric
+	_, err := c.call(ctx, "get metrics", http.MethodGet, "/sandboxes/"+url.PathEscape(id)+"/metrics?"+values.Encode(), nil, &metrics)
+	return metrics, err
+}
+
+// LogEntry is one line of a sandbox's log.
+type LogEntry struct {
+	Timestamp time.Time         `json:"timestamp"`
+	Level     string            `json:"level"`
+	Message   string            `json:"message"`
+	Fields    map[string]string `json:"fields,omitempty"`
+}
+
+// Logs returns up to limit entries of a sandbox's log (zero: the platform's
+// default), oldest first.
+func (c *Client) Logs(ctx context.Context, id string, limit int) ([]LogEntry, error) {
+	values := url.Values{}
+	if limit > 0 {
+		values.Set("limit", strconv.Itoa(limit))
+	}
+	var answer struct {
+		Logs []LogEntry `json:"logs"`
+	}
+	_, err := c.call(ctx, "get logs", http.MethodGet, "/v2/sandboxes/"+url.PathEscape(id)+"/logs?"+values.Encode(), nil, &answer)
+	return answer.Logs, err
+}
+
+// seconds rounds up: a time to live of 1.5 s must not end after one.
+func seconds(d time.Duration) int64 {
+	return int64((d + time.Second - 1) / time.Second)
+}
