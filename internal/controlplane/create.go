@@ -1,0 +1,182 @@
+package controlplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn/wrenn/api/proto/hostagent"
+	"github.com/wrenn/wrenn/internal/sandbox"
+	"github.com/wrenn/wrenn/internal/store"
+)
+
+// CreateRequest is what a user asks for when creating a sandbox.
+type CreateRequest struct {
+	Template            string // id or alias
+	Timeout             time.Duration
+	Metadata            map[string]string
+	EnvVars             map[string]string
+	Secured             bool
+	AllowInternetAccess bool
+	Resources           sandbox.Resources // zero fields: the template's
+}
+
+// Create makes a sandbox of the team and returns when its guest agent serves. A
+// caller that gives up meanwhile, by cancelling ctx, leaves no sandbox behind:
+// nobody knows its id.
+func (c *ControlPlane) Create(ctx context.Context, teamID string, req CreateRequest) (sandbox.Sandbox, error) {
+	if err := c.checkTimeout(req.Timeout); err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	tpl, err := c.Template(ctx, teamID, req.Template)
+	if err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	res, err := c.resources(req.Resources, tpl)
+	if err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	now := time.Now()
+	b := sandbox.Sandbox{
+		ID: sandbox.NewID(), TeamID: teamID, HostID: c.cfg.HostID, Alias: tpl.Alias,
+		// There is no queue: recorded and handed to the agent is one step.
+		State: sandbox.Starting, Created: now, Ends: now.Add(req.Timeout),
+		Spec: sandbox.Spec{
+			TemplateID: tpl.ID, BuildID: tpl.BuildID, Resources: res,
+			EnvVars: maps.Clone(req.EnvVars), Metadata: maps.Clone(req.Metadata),
+			Secured: req.Secured, AllowInternetAccess: req.AllowInternetAccess, Timeout: req.Timeout,
+		},
+	}
+	rpcCtx, cancel := context.WithTimeout(ctx, createLimit)
+	defer cancel()
+	finish := c.ops.beginCreate(b.ID, cancel)
+	defer finish()
+	// A cancelled insert may have happened or not; one that is seen through has.
+	if err := c.boxes.Insert(context.WithoutCancel(ctx), b); err != nil {
+		return sandbox.Sandbox{}, fmt.Errorf("record sandbox: %w", err)
+	}
+	if err := c.start(rpcCtx, &b, tpl); err != nil {
+		finish()
+		return sandbox.Sandbox{}, c.abandon(ctx, b, err)
+	}
+	if ctx.Err() != nil {
+		finish()
+		return sandbox.Sandbox{}, c.abandon(ctx, b, fmt.Errorf("create sandbox: %w", ctx.Err()))
+	}
+	c.expiry.changed(b.Ends)
+	return b, nil
+}
+
+// start has the agent make the sandbox and records it as running.
+func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, tpl store.Template) error {
+	req := &hostagent.CreateSandboxRequest{
+		SandboxId: string(b.ID), TemplateId: b.Spec.TemplateID, BuildId: b.Spec.BuildID,
+		Resources: &hostagent.Resources{
+			Cpus: int32(b.Spec.Resources.CPUs), MemoryMib: b.Spec.Resources.MemoryMiB,
+			DiskMib: b.Spec.Resources.DiskMiB, Pids: b.Spec.Resources.PIDs,
+		},
+		EnvVars: b.Spec.EnvVars, AllowInternetAccess: b.Spec.AllowInternetAccess,
+		DefaultUser: tpl.User, DefaultWorkdir: tpl.Workdir,
+	}
+	if b.Spec.Secured {
+		req.AccessToken = c.AccessToken(b.ID)
+	}
+	resp, err := c.cfg.Agent.CreateSandbox(ctx, req)
+	if err != nil {
+		return agentError("create sandbox", err)
+	}
+	addr, err := netip.ParseAddr(resp.GetAddress())
+	if err != nil {
+		return fmt.Errorf("create sandbox: host agent gave an unusable address: %w", err)
+	}
+	now := time.Now()
+	b.State, b.Address, b.EnvdVersion = sandbox.Running, resp.GetAddress(), resp.GetEnvdVersion()
+	b.Started, b.Ends = now, now.Add(b.Spec.Timeout)
+	// Reachable before it is recorded as running: a kill may come from then on,
+	// and what it forgets must not be remembered after it.
+	c.remember(b.ID, addr)
+	err = c.boxes.Transition(context.WithoutCancel(ctx), b.ID, sandbox.Starting, store.Change{
+		State: sandbox.Running, Address: b.Address, EnvdVersion: b.EnvdVersion, Started: b.Started, Ends: b.Ends,
+	})
+	if err != nil {
+		c.forget(b.ID)
+		return fmt.Errorf("record sandbox as running: %w", err)
+	}
+	return nil
+}
+
+// abandon tears a failed create down and returns what its caller is told.
+func (c *ControlPlane) abandon(ctx context.Context, b sandbox.Sandbox, cause error) error {
+	reason, public := sandbox.Message(cause)
+	if !public {
+		reason = "the host could not start it"
+	}
+	if ctx.Err() != nil {
+		reason = "its creator went away while it was being created"
+	}
+	err := c.end(context.WithoutCancel(ctx), b.ID, outcome{state: sandbox.Failed, reason: "create failed: " + reason})
+	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+		c.log.Error("tear down sandbox of failed create", "sandbox", b.ID, "err", err)
+	}
+	if now, err := c.boxes.Get(context.WithoutCancel(ctx), b.ID); err == nil && now.State == sandbox.Stopped {
+		return sandbox.Errorf(sandbox.ErrConflict, "sandbox %q was killed while it was being created", b.ID)
+	}
+	return cause
+}
+
+func (c *ControlPlane) checkTimeout(d time.Duration) error {
+	if d <= 0 {
+		return sandbox.Errorf(sandbox.ErrInvalid, "timeout must be greater than 0")
+	}
+	if d > c.cfg.Limits.MaxTimeout {
+		return sandbox.Errorf(sandbox.ErrInvalid, "timeout must be at most %d seconds (%s)",
+			int64(c.cfg.Limits.MaxTimeout/time.Second), c.cfg.Limits.MaxTimeout)
+	}
+	return nil
+}
+
+// resources are what was asked for, else the template's, else the default.
+func (c *ControlPlane) resources(asked sandbox.Resources, tpl store.Template) (sandbox.Resources, error) {
+	max := c.cfg.Limits.Max
+	for _, r := range []struct {
+		name       string
+		value, max int64
+	}{
+		{"CPUs", int64(asked.CPUs), int64(max.CPUs)},
+		{"memory in MiB", asked.MemoryMiB, max.MemoryMiB},
+		{"disk in MiB", asked.DiskMiB, max.DiskMiB},
+		{"tasks", asked.PIDs, max.PIDs},
+	} {
+		if r.value < 0 || r.value > r.max {
+			return asked, sandbox.Errorf(sandbox.ErrInvalid, "%s must be between 1 and %d", r.name, r.max)
+		}
+	}
+	asked = or(asked, sandbox.Resources{CPUs: tpl.CPUs, MemoryMiB: tpl.MemoryMiB, DiskMiB: tpl.DiskMiB})
+	return or(asked, c.cfg.Limits.Resources), nil
+}
+
+// agentError gives an error of the host agent the kind that users are told; what
+// has no such kind stays internal.
+func agentError(what string, err error) error {
+	var e *connect.Error
+	if !errors.As(err, &e) {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	switch e.Code() {
+	case connect.CodeInvalidArgument:
+		return &sandbox.Error{Kind: sandbox.ErrInvalid, Message: e.Message()}
+	case connect.CodeNotFound:
+		return &sandbox.Error{Kind: sandbox.ErrNotFound, Message: e.Message()}
+	case connect.CodeResourceExhausted:
+		// Not the caller's quota: the host is full.
+		return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "no capacity: " + e.Message()}
+	case connect.CodeUnavailable, connect.CodeDeadlineExceeded:
+		return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "the sandbox's host does not answer, try again later", Cause: err}
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}

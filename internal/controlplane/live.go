@@ -1,0 +1,78 @@
+package controlplane
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+
+	"github.com/wrenn/wrenn/internal/proxy"
+	"github.com/wrenn/wrenn/internal/sandbox"
+	"github.com/wrenn/wrenn/internal/store"
+)
+
+// live is what the data plane asks about on every request: where running
+// sandboxes are.
+type live struct {
+	mu      sync.RWMutex
+	entries map[sandbox.ID]liveEntry
+	loaded  bool // entries has all that run, not only what this process made
+}
+
+type liveEntry struct{ addr netip.Addr }
+
+// remember makes a sandbox reachable.
+func (c *ControlPlane) remember(id sandbox.ID, addr netip.Addr) {
+	c.live.mu.Lock()
+	defer c.live.mu.Unlock()
+	c.live.entries[id] = liveEntry{addr}
+}
+
+// forget makes a sandbox unreachable and cuts its connections.
+func (c *ControlPlane) forget(id sandbox.ID) {
+	c.live.mu.Lock()
+	delete(c.live.entries, id)
+	c.live.mu.Unlock()
+	c.cfg.OnGone(string(id))
+}
+
+// loadLive makes the sandboxes reachable that an earlier process left running.
+func (c *ControlPlane) loadLive(ctx context.Context) error {
+	c.live.mu.Lock()
+	defer c.live.mu.Unlock()
+	if c.live.loaded {
+		return nil
+	}
+	running, err := c.boxes.List(ctx, store.Filter{States: []sandbox.State{sandbox.Running}})
+	if err != nil {
+		return err
+	}
+	for _, b := range running {
+		addr, err := netip.ParseAddr(b.Address)
+		if err != nil {
+			c.log.Error("sandbox has an unusable address", "sandbox", b.ID, "err", err)
+			continue
+		}
+		c.live.entries[b.ID] = liveEntry{addr}
+	}
+	c.live.loaded = true
+	return nil
+}
+
+// Resolve says where a running sandbox is reached; sandbox.ErrNotFound when
+// there is none of that id. It implements proxy.Resolver.
+func (c *ControlPlane) Resolve(ctx context.Context, id string) (proxy.Target, error) {
+	c.live.mu.RLock()
+	e, found := c.live.entries[sandbox.ID(id)]
+	loaded := c.live.loaded
+	c.live.mu.RUnlock()
+	if !found && !loaded {
+		if err := c.loadLive(ctx); err != nil {
+			return proxy.Target{}, err
+		}
+		return c.Resolve(ctx, id)
+	}
+	if !found {
+		return proxy.Target{}, sandbox.ErrNotFound
+	}
+	return proxy.Target{SandboxID: id, Addr: e.addr}, nil
+}

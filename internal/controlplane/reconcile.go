@@ -1,0 +1,246 @@
+package controlplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/wrenn/wrenn/api/proto/hostagent"
+	"github.com/wrenn/wrenn/internal/sandbox"
+	"github.com/wrenn/wrenn/internal/store"
+)
+
+const (
+	watchSilence = 45 * time.Second // three heartbeats missed: the stream is dead
+	watchBackoff = 5 * time.Second  // longest wait before the next try
+)
+
+// watch follows the agent's events until ctx is cancelled, and asks for a
+// reconciliation whenever it may have missed some.
+func (c *ControlPlane) watch(ctx context.Context, wg *sync.WaitGroup) {
+	wait := 50 * time.Millisecond
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := c.follow(ctx, wg)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > watchSilence {
+			wait = 50 * time.Millisecond
+		}
+		c.log.Warn("lost the host agent's event stream", "err", err, "retry_in", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait/2 + rand.N(wait)):
+		}
+		wait = min(2*wait, watchBackoff)
+	}
+}
+
+// follow reads one stream of events to its end.
+func (c *ControlPlane) follow(ctx context.Context, wg *sync.WaitGroup) error {
+	streamCtx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	silence := time.AfterFunc(watchSilence, func() { cancel(errors.New("no heartbeat")) })
+	defer silence.Stop()
+	stream, err := c.cfg.Agent.WatchSandboxes(streamCtx, &hostagent.WatchSandboxesRequest{})
+	if err != nil {
+		return err
+	}
+	defer stream.Close() //nolint:errcheck // it is over
+	for first := true; stream.Receive(); first = false {
+		silence.Reset(watchSilence)
+		if first {
+			select {
+			case c.reconcileNow <- struct{}{}:
+			default:
+			}
+		}
+		if s := stream.Msg().GetEnded(); s != nil {
+			wg.Go(func() { c.onEnded(ctx, s) })
+		}
+	}
+	if cause := context.Cause(streamCtx); cause != nil {
+		return cause
+	}
+	return stream.Err()
+}
+
+// onEnded records the end of a sandbox that nobody asked for.
+func (c *ControlPlane) onEnded(ctx context.Context, s *hostagent.SandboxStatus) {
+	id := sandbox.ID(s.GetSandboxId())
+	if cr := c.ops.creation(id); cr != nil {
+		// It may have ended between the agent's answer and our record of it.
+		select {
+		case <-cr.done:
+		case <-ctx.Done():
+			return
+		}
+	}
+	err := c.fail(ctx, id, sandbox.Running, endReason(s), s.GetChangedAt().AsTime())
+	if k := sandbox.Kind(err); err != nil && k != sandbox.ErrConflict && k != sandbox.ErrNotFound && ctx.Err() == nil {
+		c.log.Error("record end of sandbox", "sandbox", id, "err", err)
+	}
+}
+
+func endReason(s *hostagent.SandboxStatus) string {
+	if s.GetReason() == "" {
+		return "it ended by itself"
+	}
+	return s.GetReason()
+}
+
+// reconcileLoop compares records and agent when asked to, and now and then.
+func (c *ControlPlane) reconcileLoop(ctx context.Context, wg *sync.WaitGroup) {
+	tick := time.NewTicker(reconcileGap)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-c.reconcileNow:
+		}
+		if err := c.reconcile(ctx, wg); err != nil && ctx.Err() == nil {
+			c.log.Warn("reconcile with the host agent", "err", err)
+		}
+	}
+}
+
+// reconcile finishes or undoes what a crash or an outage cut off, so that the
+// records and the agent agree. What this process is working on is left alone.
+func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup) error {
+	// Records first: what runs by its record and is not on the agent afterwards
+	// has ended meanwhile or is lost; the transition tells which.
+	records, err := c.boxes.List(ctx, store.Filter{HostID: c.cfg.HostID, States: []sandbox.State{
+		sandbox.Pending, sandbox.Starting, sandbox.Running, sandbox.Stopping,
+	}})
+	if err != nil {
+		return fmt.Errorf("list records: %w", err)
+	}
+	have, err := c.listAgent(ctx)
+	if err != nil {
+		return err
+	}
+	var missing []sandbox.Sandbox
+	for _, b := range records {
+		s := have[b.ID]
+		switch {
+		case c.ops.busy(b.ID):
+		case b.State == sandbox.Running && s == nil:
+			missing = append(missing, b)
+		case b.State == sandbox.Running && sandbox.State(s.GetState()).Final():
+			err = errors.Join(err, ignoreLost(c.fail(ctx, b.ID, b.State, endReason(s), s.GetChangedAt().AsTime())))
+		case b.State == sandbox.Running:
+			c.follows(ctx, b, s)
+		case b.State == sandbox.Stopping:
+			c.endInBackground(ctx, wg, b.ID, outcome{state: sandbox.Stopped, reason: b.Reason})
+		default: // Pending, Starting: its creator never learned the id
+			c.endInBackground(ctx, wg, b.ID, outcome{state: sandbox.Failed, reason: "create failed: the control plane restarted meanwhile"})
+		}
+	}
+	return errors.Join(err, c.declareLost(ctx, missing), c.stopOrphans(ctx, wg, have))
+}
+
+// listAgent returns what the agent has and what of the past it remembers.
+func (c *ControlPlane) listAgent(ctx context.Context) (map[sandbox.ID]*hostagent.SandboxStatus, error) {
+	resp, err := c.cfg.Agent.ListSandboxes(ctx, &hostagent.ListSandboxesRequest{})
+	if err != nil {
+		return nil, agentError("list sandboxes of host", err)
+	}
+	have := make(map[sandbox.ID]*hostagent.SandboxStatus, len(resp.GetSandboxes()))
+	for _, s := range resp.GetSandboxes() {
+		id := sandbox.ID(s.GetSandboxId())
+		if other := have[id]; other != nil && !sandbox.State(other.GetState()).Final() {
+			continue // listed twice, as living and as dead: the living is torn down if need be
+		}
+		have[id] = s
+	}
+	return have, nil
+}
+
+// declareLost fails the records of sandboxes that the agent does not have, after
+// a second look: one that was ending during the first may have been in neither
+// the list of the living nor that of the dead.
+func (c *ControlPlane) declareLost(ctx context.Context, missing []sandbox.Sandbox) error {
+	if len(missing) == 0 {
+		return nil
+	}
+	have, err := c.listAgent(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, b := range missing {
+		s := have[b.ID]
+		switch {
+		case s == nil:
+			errs = append(errs, ignoreLost(c.fail(ctx, b.ID, b.State, "lost: its host does not have it any more", time.Time{})))
+		case sandbox.State(s.GetState()).Final():
+			errs = append(errs, ignoreLost(c.fail(ctx, b.ID, b.State, endReason(s), s.GetChangedAt().AsTime())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// stopOrphans ends what runs on the agent and by the records should not.
+func (c *ControlPlane) stopOrphans(ctx context.Context, wg *sync.WaitGroup, have map[sandbox.ID]*hostagent.SandboxStatus) error {
+	for id, s := range have {
+		if sandbox.State(s.GetState()).Final() || c.ops.busy(id) {
+			continue
+		}
+		// A create writes its record before it asks the agent, so the record of
+		// whatever was on the list is there now.
+		b, err := c.boxes.Get(ctx, id)
+		if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+			return fmt.Errorf("look up sandbox %s: %w", id, err)
+		}
+		if err == nil && (!b.State.Final() || c.ops.busy(id)) {
+			continue
+		}
+		c.log.Warn("stopping a sandbox that no record asks for", "sandbox", id)
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endLimit)
+			defer cancel()
+			if err := c.stopOnAgent(ctx, id); err != nil {
+				c.log.Error("stop a sandbox that no record asks for", "sandbox", id, "err", err)
+			}
+		})
+	}
+	return nil
+}
+
+// follows corrects where a running sandbox is reached, should that have changed.
+func (c *ControlPlane) follows(ctx context.Context, b sandbox.Sandbox, s *hostagent.SandboxStatus) {
+	addr, err := netip.ParseAddr(s.GetAddress())
+	if err != nil || s.GetAddress() == b.Address {
+		return
+	}
+	c.live.mu.Lock()
+	if _, found := c.live.entries[b.ID]; found {
+		c.live.entries[b.ID] = liveEntry{addr}
+	}
+	c.live.mu.Unlock()
+	c.log.Info("sandbox is reached elsewhere now", "sandbox", b.ID, "address", addr)
+}
+
+func (c *ControlPlane) endInBackground(ctx context.Context, wg *sync.WaitGroup, id sandbox.ID, o outcome) {
+	wg.Go(func() {
+		err := c.end(ctx, id, o)
+		if err != nil && !errors.Is(err, sandbox.ErrNotFound) && ctx.Err() == nil {
+			c.log.Error("finish ending a sandbox", "sandbox", id, "err", err)
+		}
+	})
+}
+
+// ignoreLost drops the error of a change that somebody else was faster with.
+func ignoreLost(err error) error {
+	if k := sandbox.Kind(err); k == sandbox.ErrConflict || k == sandbox.ErrNotFound {
+		return nil
+	}
+	return err
+}
