@@ -24,11 +24,10 @@ type Credentials struct {
 	Domain     string `json:"domain,omitempty"` // host[:port] of sandbox host names, when TLS is served there
 }
 
-// LoadCredentials reads those that the platform with this data directory wrote.
-// The error is ErrNoPlatform when there is none.
-func LoadCredentials(dataDir string) (Credentials, error) {
+// LoadCredentials reads the file that a platform wrote, DIR/credentials.json. The
+// error is ErrNoPlatform when there is none.
+func LoadCredentials(path string) (Credentials, error) {
 	var c Credentials
-	path := filepath.Join(dataDir, CredentialsFile)
 	data, err := os.ReadFile(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -47,14 +46,14 @@ func LoadCredentials(dataDir string) (Credentials, error) {
 	return c, nil
 }
 
-// Save writes the credentials to the data directory, readable by the owner only.
-// A reader sees the old file or the new one, never a part.
-func (c Credentials) Save(dataDir string) error {
+// Save writes the credentials to the given file, readable by the owner only. A
+// reader sees the old file or the new one, never a part.
+func (c Credentials) Save(path string) error {
 	data, err := json.MarshalIndent(c, "", "  ")
 	if err != nil {
 		return fmt.Errorf("encode credentials: %w", err)
 	}
-	tmp, err := os.CreateTemp(dataDir, CredentialsFile+".tmp*") // mode 0600
+	tmp, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*") // mode 0600
 	if err != nil {
 		return fmt.Errorf("save credentials: %w", err)
 	}
@@ -66,7 +65,7 @@ func (c Credentials) Save(dataDir string) error {
 		err = closeErr
 	}
 	if err == nil {
-		err = os.Rename(tmp.Name(), filepath.Join(dataDir, CredentialsFile))
+		err = os.Rename(tmp.Name(), path)
 	}
 	if err != nil {
 		os.Remove(tmp.Name())
@@ -90,7 +89,7 @@ func Environment(dataDir string) (Credentials, error) {
 	if env.APIURL != "" && env.APIKey != "" {
 		return env, nil
 	}
-	file, err := LoadCredentials(dataDir)
+	file, err := LoadCredentials(filepath.Join(dataDir, CredentialsFile))
 	if err != nil {
 		return Credentials{}, err
 	}
