@@ -21,6 +21,11 @@ visudo -cq
 update-ca-certificates
 chown -R user:user /usr/local # so that pip and npm install for everyone without sudo
 
+# File capabilities are extended attributes, which a shared root filesystem need
+# not carry into the sandbox; the mode does.
+setcap -r /usr/bin/ping
+chmod u+s /usr/bin/ping
+
 # What bootstrapping brought before the exclusions were there.
 find /usr/share/doc -mindepth 1 ! -type d ! -name copyright -delete
 find /usr/share/info /usr/share/locale /usr/share/man -mindepth 1 -delete
@@ -41,3 +46,4 @@ sed -i -E "s/^([^:]*:[^:]*):[0-9]+:/\1:$day:/" /etc/shadow
 printf 'localhost\n' >/etc/hostname
 printf '127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n' >/etc/hosts
 umount /proc
+rm -rf /run/mount
