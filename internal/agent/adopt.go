@@ -79,8 +79,9 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 func (a *Agent) takeOver(m *managed) {
 	slot, ok := a.slots.Adopted(m.rec.Slot)
 	if !ok {
-		// Cannot happen: the pool was opened with this slot in use.
-		a.log.Error("slot of an adopted sandbox is missing", "sandbox", m.id, "slot", m.rec.Slot)
+		if err := a.teardown(m, sandbox.Failed, "its network was lost while the host agent was down", false); err != nil {
+			a.log.Error("free sandbox without network", "sandbox", m.id, "err", err)
+		}
 		return
 	}
 	m.slot = slot

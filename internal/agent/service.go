@@ -91,10 +91,8 @@ func (s *service) SetAccessToken(_ context.Context, req *hostagent.SetAccessToke
 
 func (s *service) ListSandboxes(context.Context, *hostagent.ListSandboxesRequest) (*hostagent.ListSandboxesResponse, error) {
 	resp := &hostagent.ListSandboxesResponse{}
-	// The dead first: one that ends meanwhile is then missed by neither list.
-	for _, ob := range s.agent.ended.list() {
-		resp.Sandboxes = append(resp.Sandboxes, ob.status())
-	}
+	// The living first: one that ends meanwhile is then on both lists, and not
+	// on neither.
 	for _, m := range s.agent.list() {
 		rec, addr, _ := m.status()
 		st := &hostagent.SandboxStatus{
@@ -104,6 +102,9 @@ func (s *service) ListSandboxes(context.Context, *hostagent.ListSandboxesRequest
 			st.Address = addr.String()
 		}
 		resp.Sandboxes = append(resp.Sandboxes, st)
+	}
+	for _, ob := range s.agent.ended.list() {
+		resp.Sandboxes = append(resp.Sandboxes, ob.status())
 	}
 	return resp, nil
 }

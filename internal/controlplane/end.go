@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/wrenn/wrenn/api/proto/hostagent"
 	"github.com/wrenn/wrenn/internal/sandbox"
 	"github.com/wrenn/wrenn/internal/store"
@@ -144,4 +146,26 @@ func (c *ControlPlane) fail(ctx context.Context, id sandbox.ID, from sandbox.Sta
 	c.forget(id)
 	c.log.Warn("sandbox ended by itself", "sandbox", id, "reason", reason)
 	return nil
+}
+
+// EndAll ends every sandbox of the host, for a platform that is going away.
+func (c *ControlPlane) EndAll(ctx context.Context, reason string) error {
+	live, err := c.boxes.List(ctx, store.Filter{HostID: c.cfg.HostID, States: []sandbox.State{
+		sandbox.Pending, sandbox.Starting, sandbox.Running, sandbox.Stopping,
+	}})
+	if err != nil {
+		return fmt.Errorf("list sandboxes to end: %w", err)
+	}
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, b := range live {
+		g.Go(func() error {
+			err := c.end(ctx, b.ID, outcome{state: sandbox.Stopped, reason: reason})
+			if sandbox.Kind(err) == sandbox.ErrNotFound {
+				return nil // it has ended meanwhile
+			}
+			return err
+		})
+	}
+	return g.Wait()
 }

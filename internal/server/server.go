@@ -23,7 +23,7 @@ const (
 	// that they never send a request on one that is just being closed here.
 	idleTimeout    = 620 * time.Second
 	maxHeaderBytes = 256 << 10
-	defaultGrace   = 3 * time.Second
+	defaultGrace = 500 * time.Millisecond
 
 	// HTTP/2. A stream whose receiver does not read keeps its window's worth of
 	// the connection's window. The connection's is 128 times a stream's, so that
@@ -40,7 +40,7 @@ type Config struct {
 	Proxy *proxy.Proxy // the domain of the platform is the proxy's
 	Log   *slog.Logger
 	// Grace is how long requests under way may take to finish after Serve has
-	// been told to stop; streams that last longer are broken off. Zero means 3 s.
+	// been told to stop; streams that last longer are broken off. Zero means 500 ms.
 	Grace time.Duration
 }
 

@@ -1,0 +1,316 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/wrenn/wrenn/api/proto/hostagent/hostagentconnect"
+	"github.com/wrenn/wrenn/internal/agent"
+	"github.com/wrenn/wrenn/internal/client"
+	"github.com/wrenn/wrenn/internal/controlplane"
+	envd "github.com/wrenn/wrenn/internal/envd/version"
+	"github.com/wrenn/wrenn/internal/guest"
+	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/proxy"
+	"github.com/wrenn/wrenn/internal/runtime/gvisor"
+	"github.com/wrenn/wrenn/internal/server"
+	"github.com/wrenn/wrenn/internal/server/e2b"
+	"github.com/wrenn/wrenn/internal/store"
+	"github.com/wrenn/wrenn/internal/store/sqlite"
+	"github.com/wrenn/wrenn/internal/template"
+)
+
+// hostID is the name of the only host there is in one process.
+const hostID = "local"
+
+// stopLimit bounds the end of a platform, sandboxes included.
+const stopLimit = 2 * time.Minute
+
+// platform is control plane and host agent of one data directory, put together
+// in one process.
+type platform struct {
+	dir    dataDir
+	opts   upOptions
+	log    *slog.Logger
+	plane  *controlplane.ControlPlane
+	proxy  *proxy.Proxy
+	apiURL string
+
+	ended chan error // the first part that ended by itself says why
+	kill  bool       // stop ends the sandboxes too
+	undo  []func(context.Context) error
+}
+
+// startPlatform builds what is missing in the data directory, takes over the
+// sandboxes that run there, and serves.
+func startPlatform(ctx context.Context, dir dataDir, opts upOptions, progress io.Writer, log *slog.Logger) (_ *platform, err error) {
+	p := &platform{dir: dir, opts: opts, log: log, ended: make(chan error, 4)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.stop(false))
+		}
+	}()
+	// First, because it fails most often and costs nothing.
+	listeners, err := p.listen()
+	if err != nil {
+		return nil, err
+	}
+	build, err := template.EnsureBase(ctx, template.Config{
+		Dir: dir.templates(), TrustHostCAs: !opts.NoHostCAs, Progress: progress, Log: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("prepare base template: %w", err)
+	}
+	if err := p.startControlPlane(ctx, build); err != nil {
+		return nil, err
+	}
+	p.serve(listeners)
+	return p, nil
+}
+
+// listen opens the listeners, and with that settles address and domain.
+func (p *platform) listen() (server.Listeners, error) {
+	var l server.Listeners
+	p.onStop(func(context.Context) error {
+		for _, ln := range append(l.Plain, l.TLS...) {
+			_ = ln.Close() // closed already when it was served
+		}
+		return nil
+	})
+	var err error
+	if l.Plain, err = server.Listen(p.opts.Listen); err != nil {
+		return l, fmt.Errorf("%w (choose another address with --listen)", err)
+	}
+	addr := l.Plain[0].Addr().(*net.TCPAddr)
+	host, _, _ := net.SplitHostPort(p.opts.Listen)
+	if addr.IP.IsUnspecified() || host == "" {
+		host = "localhost"
+	}
+	p.apiURL = fmt.Sprintf("http://%s", net.JoinHostPort(host, fmt.Sprint(addr.Port)))
+	if p.opts.Domain == "" {
+		p.opts.Domain = fmt.Sprintf("wrenn.localhost:%d", addr.Port)
+	}
+	if p.opts.TLSListen == "" {
+		return l, nil
+	}
+	cert, err := server.LoadCertificate(p.opts.TLSCert, p.opts.TLSKey, p.log)
+	if err != nil {
+		return l, err
+	}
+	l.TLSConfig = cert.TLSConfig()
+	if l.TLS, err = server.Listen(p.opts.TLSListen); err != nil {
+		return l, fmt.Errorf("%w (choose another address with --tls-listen)", err)
+	}
+	return l, nil
+}
+
+func (p *platform) startControlPlane(ctx context.Context, build template.Build) error {
+	db, err := sqlite.Open(ctx, p.dir.database())
+	if err != nil {
+		return fmt.Errorf("open store: %w", err)
+	}
+	p.onStop(func(context.Context) error { return db.Close() })
+	master, err := loadMasterKey(p.dir.masterKey())
+	if err != nil {
+		return err
+	}
+	hostAgent, err := p.startAgent(ctx)
+	if err != nil {
+		return err
+	}
+	p.plane = controlplane.New(controlplane.Config{
+		Store: db, Agent: hostAgent, HostID: hostID, MasterKey: master, Log: p.log,
+		OnGone: func(id string) { p.proxy.Evict(id) },
+	})
+	p.proxy = proxy.New(proxy.Config{Resolver: p.plane, Domain: p.opts.Domain, Log: p.log})
+	team, err := p.admitOperator(ctx)
+	if err != nil {
+		return err
+	}
+	err = p.plane.PutTemplate(ctx, store.Template{
+		ID: build.TemplateID, Alias: build.Alias, TeamID: team.ID, Public: true, BuildID: build.ID,
+		CPUs: build.CPUs, MemoryMiB: build.MemoryMiB, DiskMiB: build.DiskMiB,
+		User: build.DefaultUser, Workdir: build.DefaultWorkdir, EnvdVersion: envd.Version, Created: build.Created,
+	})
+	if err != nil {
+		return fmt.Errorf("register base template: %w", err)
+	}
+	p.run("control plane", p.plane.Run)
+	p.onStop(func(ctx context.Context) error {
+		if !p.kill {
+			return nil
+		}
+		return p.plane.EndAll(ctx, "the platform was shut down")
+	})
+	return nil
+}
+
+// openAgent starts the host agent of a data directory: it takes over the
+// sandboxes that run there.
+func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logger) (*agent.Agent, *gvisor.Runtime, error) {
+	bin := filepath.Join(dir.agent(), "bin")
+	envd, err := guest.Install(bin)
+	if err != nil {
+		return nil, nil, err
+	}
+	runsc, err := gvisor.InstallBinary(bin)
+	if err != nil {
+		return nil, nil, err
+	}
+	rt, err := gvisor.New(gvisor.Config{
+		Binary: runsc, Root: dir.runsc(), Tag: dir.tag(), Log: log,
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("prepare runtime: %w", err)
+	}
+	a, err := agent.Open(ctx, agent.Config{
+		Dir: dir.agent(), Templates: dir.templates(), Runtime: rt, GuestInit: envd, Log: log,
+		Network: network.Config{
+			Tag: dir.tag(), CIDR: opts.NetworkCIDR, Allow: opts.AllowCIDRs, Resolver: opts.Resolver,
+			Ready: opts.ReadySlots, Log: log,
+		},
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("start host agent: %w", err)
+	}
+	return a, rt, nil
+}
+
+// startAgent starts the host agent and returns a client of it, over a listener
+// in memory.
+func (p *platform) startAgent(ctx context.Context) (hostagentconnect.HostAgentClient, error) {
+	a, rt, err := openAgent(ctx, p.dir, p.opts, p.log)
+	if err != nil {
+		return nil, err
+	}
+	p.onStop(func(ctx context.Context) error {
+		if !p.kill {
+			return a.Detach(ctx)
+		}
+		return errors.Join(a.Shutdown(ctx), rt.Close())
+	})
+
+	meeting := newInMemoryListener()
+	mux := http.NewServeMux()
+	mux.Handle(a.Handler())
+	rpc := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	p.run("host agent's interface", func(context.Context) error { return rpc.Serve(meeting) })
+	transport := &http.Transport{DialContext: meeting.DialContext, MaxIdleConnsPerHost: 64, DisableCompression: true}
+	p.onStop(func(context.Context) error {
+		err := rpc.Close()
+		transport.CloseIdleConnections()
+		return err
+	})
+	return hostagentconnect.NewHostAgentClient(&http.Client{Transport: transport}, "http://host-agent"), nil
+}
+
+// admitOperator makes the default team and the local operator's API key, where
+// they are missing, and writes down how to reach the platform.
+func (p *platform) admitOperator(ctx context.Context) (store.Team, error) {
+	creds, err := client.LoadCredentials(p.dir.credentials())
+	if err != nil && !errors.Is(err, client.ErrNoPlatform) {
+		return store.Team{}, err
+	}
+	if creds.APIKey == "" {
+		secret := make([]byte, 20)
+		rand.Read(secret)
+		creds.APIKey = "e2b_" + hex.EncodeToString(secret)
+	}
+	team, err := p.plane.Bootstrap(ctx, creds.APIKey)
+	if err != nil {
+		return team, fmt.Errorf("make default team: %w", err)
+	}
+	creds.APIURL, creds.SandboxURL, creds.Domain = p.apiURL, p.apiURL, ""
+	if p.opts.TLSListen != "" {
+		creds.Domain = p.opts.Domain
+	}
+	return team, creds.Save(p.dir.credentials())
+}
+
+func (p *platform) serve(l server.Listeners) {
+	api := e2b.New(e2b.Config{ControlPlane: p.plane, Domain: p.opts.Domain, Log: p.log})
+	front := server.New(server.Config{API: api, Proxy: p.proxy, Log: p.log})
+	p.run("server", func(ctx context.Context) error { return front.Serve(ctx, l) })
+}
+
+// run owns one goroutine: it ends when stop comes to it, and when it ends by
+// itself the platform does.
+func (p *platform) run(name string, f func(context.Context) error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err := f(ctx)
+		if ctx.Err() == nil && !errors.Is(err, http.ErrServerClosed) {
+			p.ended <- fmt.Errorf("%s ended: %w", name, err)
+		}
+	}()
+	p.onStop(func(stopping context.Context) error {
+		cancel()
+		select {
+		case <-done:
+			return nil
+		case <-stopping.Done():
+			return fmt.Errorf("%s does not end: %w", name, stopping.Err())
+		}
+	})
+}
+
+// onStop adds a step to what ends the platform; the last one added comes first.
+func (p *platform) onStop(f func(context.Context) error) { p.undo = append(p.undo, f) }
+
+// stop ends the platform; with kill also its sandboxes, which go on otherwise.
+func (p *platform) stop(kill bool) error {
+	p.kill = kill
+	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+	defer cancel()
+	var errs []error
+	for i := len(p.undo) - 1; i >= 0; i-- {
+		errs = append(errs, p.undo[i](ctx))
+	}
+	p.undo = nil
+	return errors.Join(errs...)
+}
+
+// loadMasterKey reads the key that access tokens are derived from, and makes it
+// at the first start.
+func loadMasterKey(path string) ([]byte, error) {
+	key, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		key = make([]byte, 32)
+		rand.Read(key)
+		err = errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), writeFileSync(path, key))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("load master key: %w", err)
+	}
+	if len(key) != 32 {
+		return nil, fmt.Errorf("master key %s has %d bytes, want 32: restore it from a backup, or remove it to make a new one (running sandboxes then become unreachable)", path, len(key))
+	}
+	return key, nil
+}
+
+// writeFileSync writes a secret so that after a crash it is there whole or not
+// at all.
+func writeFileSync(path string, data []byte) error {
+	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, werr := f.Write(data)
+	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(path+".tmp", path)
+}

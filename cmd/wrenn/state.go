@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	defaultDataDir = "/var/lib/wrenn"
+	defaultListen  = "localhost:7080"
+)
+
+// dataDir gives the paths of docs/architecture.md, "The data directory".
+type dataDir string
+
+func (d dataDir) lock() string        { return filepath.Join(string(d), "lock") }
+func (d dataDir) database() string    { return filepath.Join(string(d), "wrenn.db") }
+func (d dataDir) credentials() string { return filepath.Join(string(d), "credentials.json") }
+func (d dataDir) masterKey() string   { return filepath.Join(string(d), "keys", "master") }
+func (d dataDir) templates() string   { return filepath.Join(string(d), "templates") }
+func (d dataDir) agent() string       { return filepath.Join(string(d), "agent") }
+func (d dataDir) runsc() string       { return filepath.Join(d.agent(), "runsc") }
+func (d dataDir) sandboxes() string   { return filepath.Join(d.agent(), "sandboxes") }
+func (d dataDir) log() string         { return filepath.Join(string(d), "log", "wrenn.log") }
+
+// tag tells the host-wide things of this data directory from those of others.
+func (d dataDir) tag() string {
+	h := fnv.New32a()
+	io.WriteString(h, string(d))
+	return fmt.Sprintf("%04x", h.Sum32()&0xffff)
+}
+
+// openDataDir makes the directory and returns it by its one true name.
+func openDataDir(path string) (dataDir, error) {
+	abs, err := filepath.Abs(path)
+	if err == nil {
+		err = os.MkdirAll(abs, 0o755)
+	}
+	if err == nil {
+		abs, err = filepath.EvalSymlinks(abs)
+	}
+	if err != nil {
+		return "", fmt.Errorf("open data directory (choose another with --data): %w", err)
+	}
+	return dataDir(abs), nil
+}
+
+// runningPlatform is what a platform says of itself in its lock file.
+type runningPlatform struct {
+	PID     int       `json:"pid"`
+	Program string    `json:"program"` // tells one build of wrenn from another
+	Options upOptions `json:"options"`
+	Started time.Time `json:"started"`
+	Ready   bool      `json:"ready"`
+	APIURL  string    `json:"api_url"`
+}
+
+// instanceLock makes one process the platform of a data directory. The kernel
+// releases it when the process dies, however it dies.
+type instanceLock struct{ file *os.File }
+
+var errLocked = errors.New("another platform is running on this data directory")
+
+// acquireLock takes the lock, or gives errLocked.
+func acquireLock(d dataDir) (*instanceLock, error) {
+	f, err := os.OpenFile(d.lock(), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open lock: %w", err)
+	}
+	err = unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+	if err != nil {
+		f.Close()
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+			return nil, errLocked
+		}
+		return nil, fmt.Errorf("take lock: %w", err)
+	}
+	return &instanceLock{f}, nil
+}
+
+// locked asks whether somebody has the lock, without disturbing who takes it.
+func locked(d dataDir) (bool, error) {
+	f, err := os.Open(d.lock())
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("open lock: %w", err)
+	}
+	defer f.Close()
+	query := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &query); err != nil {
+		return false, fmt.Errorf("query lock: %w", err)
+	}
+	return query.Type != unix.F_UNLCK, nil
+}
+
+// describe replaces what the lock file says.
+func (l *instanceLock) describe(r runningPlatform) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encode lock: %w", err)
+	}
+	if _, err := l.file.WriteAt(append(data, '\n'), 0); err != nil {
+		return fmt.Errorf("write lock: %w", err)
+	}
+	return l.file.Truncate(int64(len(data)) + 1)
+}
+
+func (l *instanceLock) release() { l.file.Close() }
+
+// findRunning returns what the platform of d says of itself, and false when
+// none is running.
+func findRunning(d dataDir) (runningPlatform, bool, error) {
+	var r runningPlatform
+	held, err := locked(d)
+	if err != nil || !held {
+		return r, false, err
+	}
+	r, err = readLock(d)
+	return r, true, err
+}
+
+// readLock returns what the platform that runs on d, or ran there last, said of
+// itself.
+func readLock(d dataDir) (runningPlatform, error) {
+	var r runningPlatform
+	data, err := os.ReadFile(d.lock())
+	if err != nil {
+		return r, fmt.Errorf("read lock: %w", err)
+	}
+	if err := json.Unmarshal(data, &r); err != nil {
+		return r, fmt.Errorf("read lock %s: %w", d.lock(), err)
+	}
+	return r, nil
+}
+
+// stopRunning signals the platform of d and waits until it has let go of the
+// data directory. It reports false when none was running.
+func stopRunning(ctx context.Context, d dataDir, sig unix.Signal) (bool, error) {
+	r, running, err := findRunning(d)
+	if err != nil || !running {
+		return false, err
+	}
+	// The pidfd, not the pid: between reading the file and signalling, the pid
+	// may have become another process's.
+	fd, err := unix.PidfdOpen(r.PID, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return true, nil
+	}
+	if err != nil {
+		return true, fmt.Errorf("find platform process %d: %w", r.PID, err)
+	}
+	defer unix.Close(fd)
+	if again, still, err := findRunning(d); err != nil || !still || again.PID != r.PID {
+		return true, err
+	}
+	if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil {
+		return true, fmt.Errorf("signal platform process %d: %w", r.PID, err)
+	}
+	for {
+		if err := ctx.Err(); err != nil {
+			return true, fmt.Errorf("platform process %d does not end: %w", r.PID, err)
+		}
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		if n, err := unix.Poll(fds, 200); n > 0 {
+			return true, nil
+		} else if err != nil && !errors.Is(err, unix.EINTR) {
+			return true, fmt.Errorf("wait for platform process %d: %w", r.PID, err)
+		}
+	}
+}
+
+// programID tells this build of wrenn from others by the file it runs from.
+func programID() string {
+	path, err := os.Executable()
+	if err != nil {
+		return "unknown"
+	}
+	fi, err := os.Stat(path)
+	if err != nil {
+		return "replaced"
+	}
+	return fmt.Sprintf("%s %d %d", path, fi.Size(), fi.ModTime().UnixNano())
+}

@@ -1,0 +1,191 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// upOptions are what `wrenn up` can be told. They are kept in the lock file, so
+// that `wrenn up --detach` sees whether the running platform is the one asked for.
+type upOptions struct {
+	Listen      string         `json:"listen"`
+	Domain      string         `json:"domain"`
+	TLSListen   string         `json:"tls_listen"`
+	TLSCert     string         `json:"tls_cert"`
+	TLSKey      string         `json:"tls_key"`
+	NoHostCAs   bool           `json:"no_host_cas"`
+	NetworkCIDR netip.Prefix   `json:"network_cidr"`
+	AllowCIDRs  []netip.Prefix `json:"allow_cidrs"`
+	Resolver    netip.Addr     `json:"resolver"`
+	ReadySlots  int            `json:"ready_slots"`
+}
+
+func newUpCmd() *cobra.Command {
+	var (
+		opts   upOptions
+		detach bool
+		cidr   string
+		allow  []string
+		dns    string
+	)
+	cmd := &cobra.Command{
+		Use:   "up",
+		Short: "Start the platform",
+		Long: `Start the platform: control plane, host agent and data plane in one process.
+
+In the foreground, Ctrl-C ends the platform and its sandboxes. SIGTERM ends only
+the platform: the sandboxes go on and the next start takes them over.
+With --detach it starts in the background, checks itself by running a line of
+Python in a new sandbox, and returns.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := opts.parse(cidr, allow, dns); err != nil {
+				return err
+			}
+			dir, err := openDataDir(dataFlag(cmd))
+			if err != nil {
+				return err
+			}
+			if detach {
+				return upDetached(cmd.Context(), dir, opts, cmd.OutOrStdout())
+			}
+			return upForeground(cmd.Context(), dir, opts)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&opts.Listen, "listen", defaultListen, "address of the API and the data plane, plain HTTP")
+	f.StringVar(&opts.Domain, "domain", "", "domain of the data plane: ports are at {port}-{id}.DOMAIN, the API at api.DOMAIN (default wrenn.localhost with the port of --listen)")
+	f.StringVar(&opts.TLSListen, "tls-listen", "", "address for HTTPS; needs --domain, --tls-cert and --tls-key")
+	f.StringVar(&opts.TLSCert, "tls-cert", "", "certificate (PEM) for DOMAIN and *.DOMAIN")
+	f.StringVar(&opts.TLSKey, "tls-key", "", "its private key (PEM)")
+	f.BoolVar(&opts.NoHostCAs, "no-host-cas", false, "do not trust, inside sandboxes, the certificate authorities added to this host")
+	f.StringVar(&cidr, "network-cidr", "", "address range for sandbox networks (default: the first of a few that meets no route of this host)")
+	f.StringSliceVar(&allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
+	f.StringVar(&dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
+	f.IntVar(&opts.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
+	f.BoolVar(&detach, "detach", false, "start in the background and check that it works")
+	return cmd
+}
+
+func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
+	if cidr != "" {
+		if o.NetworkCIDR, err = netip.ParsePrefix(cidr); err != nil {
+			return usageErrorf("--network-cidr: %v", err)
+		}
+	}
+	for _, s := range allow {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return usageErrorf("--allow-cidr: %v", err)
+		}
+		o.AllowCIDRs = append(o.AllowCIDRs, p)
+	}
+	if dns != "" {
+		if o.Resolver, err = netip.ParseAddr(dns); err != nil {
+			return usageErrorf("--resolver: %v", err)
+		}
+	}
+	if _, _, err := net.SplitHostPort(o.Listen); err != nil {
+		return usageErrorf("--listen: %v (want HOST:PORT)", err)
+	}
+	if o.TLSListen != "" && (o.Domain == "" || o.TLSCert == "" || o.TLSKey == "") {
+		return usageErrorf("--tls-listen needs --domain, --tls-cert and --tls-key")
+	}
+	if o.TLSListen == "" && (o.TLSCert != "" || o.TLSKey != "") {
+		return usageErrorf("--tls-cert and --tls-key need --tls-listen")
+	}
+	o.Domain = strings.ToLower(o.Domain)
+	if o.ReadySlots < 1 || o.ReadySlots > 256 {
+		return usageErrorf("--ready-slots: want 1 to 256")
+	}
+	return nil
+}
+
+// upForeground runs the platform until it is told to end.
+func upForeground(ctx context.Context, dir dataDir, opts upOptions) error {
+	if os.Geteuid() != 0 {
+		return errors.New("wrenn up makes network namespaces and cgroups and needs root: run it with sudo")
+	}
+	parent := parentPipe()
+	log := newLogger(os.Stderr)
+	err := runPlatform(ctx, dir, opts, parent, log)
+	if err != nil {
+		parent.fail(err)
+	}
+	return err
+}
+
+func runPlatform(ctx context.Context, dir dataDir, opts upOptions, parent *parentLink, log *slog.Logger) error {
+	lock, err := acquireLock(dir)
+	if errors.Is(err, errLocked) {
+		return fmt.Errorf("a platform is running on %s already: stop it with `wrenn down --data %s`, or choose another directory with --data", dir, dir)
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.release()
+	self := runningPlatform{PID: os.Getpid(), Program: programID(), Options: opts, Started: time.Now()}
+	if err := lock.describe(self); err != nil {
+		return err
+	}
+
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	first := make(chan os.Signal, 1)
+	go func() {
+		sig, ok := <-signals
+		if !ok {
+			return
+		}
+		first <- sig
+		cancel()
+		<-signals // a second one means now
+		os.Exit(130)
+	}()
+
+	p, err := startPlatform(ctx, dir, opts, parent.progress(os.Stderr), log)
+	if err != nil {
+		if len(first) > 0 {
+			return errors.New("interrupted while starting; sandboxes that ran before go on")
+		}
+		return err
+	}
+	self.Ready, self.APIURL = true, p.apiURL
+	if err := lock.describe(self); err != nil {
+		return errors.Join(err, p.stop(false))
+	}
+	parent.ready()
+	fmt.Fprintf(os.Stderr, "Wrenn is up at %s (data in %s). Ctrl-C ends it and its sandboxes.\n", p.apiURL, dir)
+
+	select {
+	case err := <-p.ended:
+		return errors.Join(err, p.stop(false))
+	case sig := <-first:
+		kill := sig == syscall.SIGINT
+		log.Info("stopping", "signal", sig.String(), "end_sandboxes", kill)
+		return p.stop(kill)
+	}
+}
+
+func newLogger(w io.Writer) *slog.Logger {
+	level := slog.LevelInfo
+	if os.Getenv("WRENN_DEBUG") != "" {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
