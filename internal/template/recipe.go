@@ -46,7 +46,7 @@ type recipe struct {
 	Arch     string // the distribution's name for it
 	Packages []string
 	Setup    string            // the script run inside
-	CAs      map[string]string // relative path → certificate, of the authorities put in
+	CAs      map[string]string `json:",omitempty"` // relative path → certificate, of the authorities put in
 }
 
 // baseRecipe returns the recipe of the base template on this host.
