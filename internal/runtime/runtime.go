@@ -41,6 +41,11 @@ type Runtime interface {
 	Discard(ctx context.Context, id sandbox.ID, state json.RawMessage) error
 }
 
+// GuestInitPath is where the guest finds its init. A template holds an empty file
+// there for the runtime to mount the guest agent on; where it is missing, the
+// first Create makes it, the only write to a template there is.
+const GuestInitPath = "/usr/bin/envd"
+
 // Config is what an instance is made from.
 type Config struct {
 	ID        sandbox.ID

@@ -1,0 +1,166 @@
+package gvisor
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/runtime"
+)
+
+// The files of an instance in its directory. The overlay's upper layer is there
+// as well, as a file without a name.
+const (
+	specFile  = "config.json" // the OCI bundle; runsc fixes the name
+	upperFile = "upper.tar"   // what the root filesystem has beyond the template's from the start
+	logFile   = "runsc.log"   // fatal errors of runsc's own
+	panicFile = "panic.log"   // a crash of the sandbox kernel
+	pidFile   = "pid"
+)
+
+var instanceFiles = []string{specFile, upperFile, logFile, panicFile, pidFile}
+
+// capabilities are what container engines commonly grant: enough for sudo, apt
+// and ping. They count only inside the sandbox kernel.
+var capabilities = []string{
+	"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID",
+	"CAP_KILL", "CAP_MKNOD", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETFCAP",
+	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+}
+
+// writeBundle writes into cfg.Dir what runsc makes the instance from.
+func writeBundle(cfg runtime.Config, cgroup string) error {
+	spec, err := json.Marshal(bundleSpec(cfg, cgroup))
+	if err != nil {
+		return fmt.Errorf("write bundle: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(cfg.Dir, specFile), spec, 0o600); err != nil {
+		return fmt.Errorf("write bundle: %w", err)
+	}
+	upper, err := upperLayer(cfg.Hostname)
+	if err != nil {
+		return fmt.Errorf("write upper layer: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(cfg.Dir, upperFile), upper, 0o600); err != nil {
+		return fmt.Errorf("write upper layer: %w", err)
+	}
+	return nil
+}
+
+func bundleSpec(cfg runtime.Config, cgroup string) *specs.Spec {
+	const cpuPeriod = 100_000 // microseconds
+	var (
+		memory = cfg.Resources.MemoryMiB << 20
+		quota  = int64(cfg.Resources.CPUs) * cpuPeriod
+		period = uint64(cpuPeriod)
+		oom    = 500 // when the whole host is short of memory, a sandbox goes before the platform
+	)
+	return &specs.Spec{
+		Version:  specs.Version,
+		Hostname: cfg.Hostname,
+		Root:     &specs.Root{Path: cfg.RootFS},
+		Process: &specs.Process{
+			Args: append([]string{runtime.GuestInitPath}, cfg.InitArgs...),
+			Cwd:  "/",
+			Env:  []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"},
+			Capabilities: &specs.LinuxCapabilities{
+				Bounding: capabilities, Effective: capabilities, Permitted: capabilities,
+			},
+			// The soft limit is lower because programs that close every
+			// descriptor up to it would take seconds.
+			Rlimits:     []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 65_536, Hard: 1_048_576}},
+			OOMScoreAdj: &oom,
+		},
+		Mounts: []specs.Mount{
+			{Destination: "/proc", Type: "proc", Source: "proc"},
+			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
+			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "mode=755"}},
+			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec"}},
+			{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777"}},
+			{Destination: runtime.GuestInitPath, Type: "bind", Source: cfg.GuestInit, Options: []string{"bind", "ro"}},
+		},
+		Linux: &specs.Linux{
+			CgroupsPath: cgroup,
+			Namespaces: []specs.LinuxNamespace{
+				{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
+				{Type: specs.NetworkNamespace, Path: cfg.Slot.InnerNetNS},
+			},
+			Resources: &specs.LinuxResources{
+				Memory: &specs.LinuxMemory{Limit: &memory}, // the guest is shown this much; raised once it runs
+				CPU:    &specs.LinuxCPU{Quota: &quota, Period: &period},
+				Pids:   &specs.LinuxPids{Limit: cfg.Resources.PIDs},
+			},
+		},
+		Annotations: map[string]string{"dev.gvisor.tar.rootfs.upper": filepath.Join(cfg.Dir, upperFile)},
+	}
+}
+
+// upperLayer is a tar archive of what differs between instances of a template.
+// As part of the overlay these are ordinary files: programs in the guest can
+// write and replace them, which they could not with bind mounts.
+func upperLayer(hostname string) ([]byte, error) {
+	if hostname == "" {
+		hostname = "localhost"
+	}
+	hosts := fmt.Sprintf("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n%s\t%s\n", network.GuestAddr, hostname)
+	entries := []struct {
+		name, content string
+		mode          int64
+	}{
+		{"etc/", "", 0o755},
+		{"etc/resolv.conf", fmt.Sprintf("nameserver %s\n", network.GatewayAddr), 0o644},
+		{"etc/hosts", hosts, 0o644},
+		{"etc/hostname", hostname + "\n", 0o644},
+		// runsc mounts a tmpfs, taken from the guest's memory, on a /tmp that is
+		// empty. With a directory that programs expect there anyway it is not.
+		{"tmp/", "", 0o1777},
+		{"tmp/.X11-unix/", "", 0o1777},
+	}
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	for _, e := range entries {
+		h := &tar.Header{Name: e.name, Mode: e.mode, Size: int64(len(e.content)), Typeflag: tar.TypeReg, Format: tar.FormatPAX}
+		if e.name[len(e.name)-1] == '/' {
+			h.Typeflag = tar.TypeDir
+		}
+		if err := w.WriteHeader(h); err != nil {
+			return nil, err
+		}
+		if _, err := w.Write([]byte(e.content)); err != nil {
+			return nil, err
+		}
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return buf.Bytes(), nil
+}
+
+// engineFlags are runsc's flags for an instance: the same for every command on it.
+func engineFlags(root, dir string, diskMiB int64) []string {
+	return slices.Concat(commonFlags(root), []string{
+		"--log=" + filepath.Join(dir, logFile),
+		"--panic-log=" + filepath.Join(dir, panicFile),
+		fmt.Sprintf("--overlay2=root:dir=%s,size=%dm", dir, diskMiB),
+		"--network=sandbox",
+		"--allow-rootfs-tar-annotation",
+	})
+}
+
+func commonFlags(root string) []string {
+	return []string{
+		"--root=" + root,
+		"--platform=systrap",
+		"--directfs=false",               // the sandbox kernel opens no host file itself and runs as nobody
+		"--file-access-mounts=exclusive", // the one mount is the guest agent, which never changes
+		"--allow-suid",                   // sudo
+		"--net-raw",                      // ping
+	}
+}

@@ -1,0 +1,293 @@
+package gvisor
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// hierarchy is one mounted cgroup tree of the host: one of several of version 1,
+// each with some controllers, or the one of version 2 with all.
+type hierarchy struct {
+	path        string
+	controllers []string // of version 1
+	v2          bool
+}
+
+// hierarchies are all cgroup trees of the host. A sandbox has a directory of
+// the same name in each.
+type hierarchies []hierarchy
+
+func findHierarchies() (hierarchies, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("find cgroup hierarchies: %w", err)
+	}
+	defer f.Close()
+	var found hierarchies
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		// "… root mountpoint options [tags] - type source super-options"
+		before, after, ok := strings.Cut(lines.Text(), " - ")
+		mount, fstype := strings.Fields(before), strings.Fields(after)
+		if !ok || len(mount) < 5 || len(fstype) < 3 || mount[3] != "/" && mount[3] != "" {
+			continue
+		}
+		switch fstype[0] {
+		case "cgroup":
+			found = append(found, hierarchy{path: mount[4], controllers: strings.Split(fstype[2], ",")})
+		case "cgroup2":
+			found = append(found, hierarchy{path: mount[4], v2: true})
+		}
+	}
+	if len(found) == 0 {
+		return nil, errors.New("find cgroup hierarchies: none is mounted; mount cgroup2 at /sys/fs/cgroup")
+	}
+	return found, nil
+}
+
+// file is the path of a control file: of the version 1 controller where that is
+// mounted, else of version 2. An empty name means that the version has no such file.
+func (hs hierarchies) file(group, controller, v1, v2 string) (path string, isV2 bool) {
+	for _, h := range hs {
+		if slices.Contains(h.controllers, controller) {
+			return filepath.Join(h.path, group, v1), false
+		}
+	}
+	for _, h := range hs {
+		if h.v2 {
+			return filepath.Join(h.path, group, v2), true
+		}
+	}
+	return "", false
+}
+
+// exists reports whether any hierarchy has the group.
+func (hs hierarchies) exists(group string) bool {
+	return slices.ContainsFunc(hs, func(h hierarchy) bool {
+		_, err := os.Lstat(filepath.Join(h.path, group))
+		return err == nil
+	})
+}
+
+// processes are those in the group in any hierarchy.
+func (hs hierarchies) processes(group string) ([]process, error) {
+	var found []process
+	for _, h := range hs {
+		data, err := os.ReadFile(filepath.Join(h.path, group, "cgroup.procs"))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list processes of cgroup %s: %w", group, err)
+		}
+		for _, field := range bytes.Fields(data) {
+			pid, err := strconv.Atoi(string(field))
+			if err != nil || pid <= 0 || slices.ContainsFunc(found, func(p process) bool { return p.PID == pid }) {
+				continue
+			}
+			p, err := identify(pid)
+			// Its start time is recorded before it is seen to be in the group, so
+			// that the pid's next owner cannot be meant.
+			if err == nil && inGroup(pid, group) {
+				found = append(found, p)
+			}
+		}
+	}
+	return found, nil
+}
+
+func inGroup(pid int, group string) bool {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	return err == nil && slices.ContainsFunc(strings.Split(string(data), "\n"), func(line string) bool {
+		return strings.HasSuffix(line, ":"+group)
+	})
+}
+
+// kill ends every process in the group and returns when all have.
+func (hs hierarchies) kill(ctx context.Context, group string) error {
+	for {
+		procs, err := hs.processes(group)
+		if err != nil || len(procs) == 0 {
+			return err
+		}
+		var open []*handle
+		for _, p := range procs {
+			if h, err := p.open(); err == nil {
+				open = append(open, h)
+				err = h.kill()
+			}
+		}
+		for _, h := range open {
+			if err := waitFor(ctx, h); err != nil {
+				return fmt.Errorf("wait for process %d of cgroup %s to end: %w", h.PID, group, err)
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+}
+
+// waitFor waits for the process to end, reaps it if it is a child of ours, and
+// closes the handle.
+func waitFor(ctx context.Context, h *handle) error {
+	defer h.close()
+	stop := context.AfterFunc(ctx, func() { h.pidfd.SetReadDeadline(time.Now()) })
+	defer stop()
+	if err := h.wait(); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return err
+	}
+	unix.Wait4(h.PID, nil, unix.WNOHANG, nil)
+	return nil
+}
+
+// remove takes the group out of every hierarchy. No process may be in it; one
+// that has ended but was not reaped yet can hold it for a moment longer, and no
+// event tells of that on version 1, hence the retries.
+func (hs hierarchies) remove(ctx context.Context, group string) error {
+	for _, h := range hs {
+		path := filepath.Join(h.path, group)
+		for {
+			err := unix.Rmdir(path)
+			if err == nil || errors.Is(err, unix.ENOENT) {
+				break
+			}
+			if !errors.Is(err, unix.EBUSY) {
+				return fmt.Errorf("remove cgroup %s: %w", path, err)
+			}
+			select {
+			case <-ctx.Done():
+				return fmt.Errorf("remove cgroup %s: %w", path, err)
+			case <-time.After(2 * time.Millisecond):
+			}
+		}
+	}
+	return nil
+}
+
+// children are the groups directly below the group, in any hierarchy.
+func (hs hierarchies) children(group string) []string {
+	var names []string
+	for _, h := range hs {
+		entries, _ := os.ReadDir(filepath.Join(h.path, group))
+		for _, e := range entries {
+			if e.IsDir() && !slices.Contains(names, e.Name()) {
+				names = append(names, e.Name())
+			}
+		}
+	}
+	return names
+}
+
+// limitMemory sets the most memory that the group may use, without swap. On
+// version 2 the kernel then also ends all processes of the group together.
+func (hs hierarchies) limitMemory(group string, bytes int64) error {
+	path, isV2 := hs.file(group, "memory", "memory.limit_in_bytes", "memory.max")
+	if err := writeNumber(path, bytes); err != nil {
+		return fmt.Errorf("limit memory: %w", err)
+	}
+	swap, swapLimit := "memory.memsw.limit_in_bytes", bytes // memory and swap together
+	if isV2 {
+		swap, swapLimit = "memory.swap.max", 0
+		if err := writeNumber(filepath.Join(filepath.Dir(path), "memory.oom.group"), 1); err != nil {
+			return fmt.Errorf("limit memory: %w", err)
+		}
+	}
+	err := writeNumber(filepath.Join(filepath.Dir(path), swap), swapLimit)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a host without swap accounting has no such file
+		return fmt.Errorf("limit swap: %w", err)
+	}
+	return nil
+}
+
+// outOfMemory reports whether the kernel ended a process of the group because
+// the group used all its memory.
+func (hs hierarchies) outOfMemory(group string) bool {
+	path, _ := hs.file(group, "memory", "memory.oom_control", "memory.events")
+	n, err := readField(path, "oom_kill")
+	return err == nil && n > 0
+}
+
+// cpuTime is what the group has used since it was made.
+func (hs hierarchies) cpuTime(group string) (time.Duration, error) {
+	path, isV2 := hs.file(group, "cpuacct", "cpuacct.usage", "cpu.stat")
+	if isV2 {
+		usec, err := readField(path, "usage_usec")
+		return time.Duration(usec) * time.Microsecond, err
+	}
+	ns, err := readNumber(path)
+	return time.Duration(ns), err
+}
+
+// memory is what the group uses, page cache that the kernel can drop left out.
+func (hs hierarchies) memory(group string) (int64, error) {
+	path, isV2 := hs.file(group, "memory", "memory.usage_in_bytes", "memory.current")
+	used, err := readNumber(path)
+	if err != nil {
+		return 0, err
+	}
+	prefix := "total_"
+	if isV2 {
+		prefix = ""
+	}
+	stat := filepath.Join(filepath.Dir(path), "memory.stat")
+	for _, field := range []string{"inactive_file", "active_file"} {
+		n, err := readField(stat, prefix+field)
+		if err != nil {
+			return 0, err
+		}
+		used -= n
+	}
+	return max(used, 0), nil
+}
+
+// pids is how many tasks the group has.
+func (hs hierarchies) pids(group string) (int64, error) {
+	path, _ := hs.file(group, "pids", "pids.current", "pids.current")
+	return readNumber(path)
+}
+
+func writeNumber(path string, n int64) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(strconv.FormatInt(n, 10))
+	return errors.Join(err, f.Close())
+}
+
+func readNumber(path string) (int64, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64)
+}
+
+// readField reads one number of a file of "name number" lines.
+func readField(path, name string) (int64, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			return strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+		}
+	}
+	return 0, fmt.Errorf("%s has no field %s", path, name)
+}

@@ -1,0 +1,188 @@
+package gvisor_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/gvisor"
+	"github.com/wrenn/wrenn/internal/runtime/gvisor/runsc"
+	"github.com/wrenn/wrenn/internal/runtime/runtimetest"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// The test binary is its own runsc, as the wrenn binary is.
+func TestMain(m *testing.M) {
+	if runsc.Invoked(os.Args[0]) {
+		runsc.Main()
+	}
+	os.Exit(m.Run())
+}
+
+const tag = "7e57"
+
+func TestConformance(t *testing.T) {
+	requireRoot(t)
+	binary := install(t)
+	runtimetest.Run(t, func(t *testing.T) runtimetest.Harness { return harness(t, binary, filepath.Join(t.TempDir(), "runsc")) })
+}
+
+func requireRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: gVisor is started with namespaces and cgroups")
+	}
+}
+
+func install(t *testing.T) string {
+	binary, err := gvisor.InstallBinary(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return binary
+}
+
+func open(t *testing.T, binary, root string) *gvisor.Runtime {
+	rt, err := gvisor.New(gvisor.Config{Binary: binary, Root: root, Tag: tag, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := rt.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return rt
+}
+
+func harness(t *testing.T, binary, root string) runtimetest.Harness {
+	t.Cleanup(func() {
+		if err := gvisor.RemoveAll(root, tag); err != nil {
+			t.Error(err)
+		}
+		for _, left := range leftovers(t, root, "wrenn-"+tag) {
+			t.Error("left after RemoveAll:", left)
+		}
+		if entries, _ := os.ReadDir(root); len(entries) > 0 {
+			t.Error("left in runsc's root after RemoveAll:", entries)
+		}
+	})
+	pool, err := network.Open(t.Context(), network.Config{
+		Tag: tag, CIDR: netip.MustParsePrefix("10.233.0.0/24"), Log: slog.New(slog.DiscardHandler),
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		pool.Close(context.Background())
+		network.RemoveAll(context.Background(), tag)
+	})
+	return runtimetest.Harness{
+		Runtime: open(t, binary, root),
+		Reopen:  func(t *testing.T) runtime.Runtime { return open(t, binary, root) },
+		Slot: func(t *testing.T) *network.Slot {
+			slot, err := pool.Acquire(t.Context(), network.Policy{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { pool.Release(context.Background(), slot) })
+			if err := slot.Prepare(); err != nil {
+				t.Fatal(err)
+			}
+			return slot
+		},
+		KillEngine: func(t *testing.T, inst runtime.Instance) {
+			var state struct{ Engine struct{ PID int } }
+			if err := json.Unmarshal(inst.State(), &state); err != nil {
+				t.Fatal(err)
+			}
+			if err := syscall.Kill(state.Engine.PID, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		},
+		Leftovers: func(t *testing.T, id sandbox.ID) []string { return leftovers(t, root, string(id)) },
+	}
+}
+
+// leftovers are the processes, mounts, cgroups and files on the host whose
+// name, path or arguments have name in them.
+func leftovers(t *testing.T, root, name string) []string {
+	var left []string
+	procs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range procs {
+		for _, f := range []string{"cmdline", "cgroup"} {
+			if data, _ := os.ReadFile(filepath.Join(p, f)); strings.Contains(string(data), name) {
+				status, _ := os.ReadFile(filepath.Join(p, "stat"))
+				left = append(left, fmt.Sprintf("process %s (%s): %q %.60s", p, f, data, status))
+			}
+		}
+	}
+	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); strings.Contains(string(mounts), name) {
+		left = append(left, "mount of "+name)
+	}
+	for _, dir := range []string{"/sys/fs/cgroup", root, "/run"} {
+		filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if strings.Contains(filepath.Base(path), name) {
+				left = append(left, path)
+			}
+			if err == nil && d.IsDir() && path != dir && dir == "/run" {
+				return fs.SkipDir
+			}
+			return nil
+		})
+	}
+	return left
+}
+
+func TestProbeRunsAGuestInUnderASecondAndLeavesNothing(t *testing.T) {
+	requireRoot(t)
+	root := filepath.Join(t.TempDir(), "runsc")
+	rt := open(t, install(t), root)
+	start := time.Now()
+	if err := rt.Probe(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Log("probe took", time.Since(start))
+	if d := time.Since(start); d > 3*time.Second { // loaded machines included
+		t.Errorf("probe took %v", d)
+	}
+	if err := rt.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, left := range leftovers(t, root, "wrenn-"+tag) {
+		t.Error("left:", left)
+	}
+	if entries, _ := os.ReadDir(root); len(entries) > 0 {
+		t.Error("left in runsc's root:", entries)
+	}
+}
+
+func TestProbeSaysWhyItFails(t *testing.T) {
+	requireRoot(t)
+	rt := open(t, "/bin/false", filepath.Join(t.TempDir(), "runsc"))
+	if err := rt.Probe(t.Context()); err == nil {
+		t.Fatal("a probe with a program that is not runsc succeeded")
+	} else if !strings.Contains(err.Error(), "gvisor does not run here") {
+		t.Errorf("got %q", err)
+	}
+}
+
+func TestVersionIsThatOfTheEngineInTheBinary(t *testing.T) {
+	rt, err := gvisor.New(gvisor.Config{Binary: "/proc/self/exe", Root: t.TempDir(), Tag: tag})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v := rt.Version(); !strings.HasPrefix(v, "v0.0.0-20") {
+		t.Errorf("version %q", v)
+	}
+}

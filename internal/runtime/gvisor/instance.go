@@ -1,0 +1,218 @@
+package gvisor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// state is what Instance.State records.
+type state struct {
+	Dir       string  `json:"dir"`
+	MemoryMiB int64   `json:"memoryMiB"`
+	DiskMiB   int64   `json:"diskMiB"`
+	Engine    process `json:"engine"`
+	Gofer     process `json:"gofer"`
+}
+
+// instance is one sandbox. It implements runtime.Instance.
+type instance struct {
+	rt    *Runtime
+	id    sandbox.ID
+	state state
+	raw   json.RawMessage
+
+	engine *handle
+	done   chan struct{}
+	exit   runtime.Exit // set before done is closed
+
+	mu       sync.Mutex
+	stopping bool      // Stop was called
+	teardown *teardown // the clean-up under way or over; nil before the first
+}
+
+// teardown is one attempt to free an instance.
+type teardown struct {
+	over chan struct{}
+	err  error // valid once over is closed
+}
+
+// open takes hold of a running instance and watches for its end. The error is
+// os.ErrProcessDone when the engine has ended.
+func (r *Runtime) open(id sandbox.ID, st state) (*instance, error) {
+	raw, err := json.Marshal(st)
+	if err != nil {
+		return nil, err
+	}
+	engine, err := st.Engine.open()
+	if err != nil {
+		return nil, err
+	}
+	i := &instance{rt: r, id: id, state: st, raw: raw, engine: engine, done: make(chan struct{})}
+	r.work.Go(i.watch)
+	return i, nil
+}
+
+// watch waits for the end of the engine, or of the runtime.
+func (i *instance) watch() {
+	defer i.engine.close()
+	stop := context.AfterFunc(i.rt.ctx, func() { i.engine.pidfd.SetReadDeadline(time.Now()) })
+	defer stop()
+	if err := i.engine.wait(); err != nil {
+		return // the runtime is closed; the instance goes on without us
+	}
+	stop()
+	status, known := i.engine.exitStatus()
+	i.mu.Lock()
+	stopped := i.stopping
+	i.mu.Unlock()
+	switch {
+	case i.rt.cgroups.outOfMemory(group(i.rt.cfg.Tag, i.id)):
+		i.exit = runtime.Exit{
+			OutOfMemory: true,
+			Reason:      fmt.Sprintf("out of memory: the sandbox exceeded its limit of %d MiB", i.state.MemoryMiB),
+		}
+	case stopped:
+		i.exit = runtime.Exit{Reason: "stopped"}
+	default:
+		i.exit = runtime.Exit{Reason: ending(i.state.Dir, status, known)}
+	}
+	// The gofer ends with the engine; as a child of ours it would stay a zombie.
+	if gofer, err := i.state.Gofer.open(); err == nil {
+		ctx, cancel := context.WithTimeout(i.rt.ctx, time.Second)
+		waitFor(ctx, gofer)
+		cancel()
+	}
+	close(i.done)
+}
+
+// ending says in words how the engine ended.
+func ending(dir string, status unix.WaitStatus, known bool) string {
+	if line := crash(filepath.Join(dir, panicFile)); line != "" {
+		return "sandbox engine crashed: " + line
+	}
+	switch {
+	case !known:
+		if reason := fatalError(filepath.Join(dir, logFile)); reason != "" {
+			return "sandbox engine failed: " + reason
+		}
+		return "sandbox engine ended"
+	case status.Signaled():
+		return fmt.Sprintf("sandbox engine was killed (signal %d)", status.Signal())
+	case status.ExitStatus() > 128: // the guest's init, killed by a signal of the guest's
+		return fmt.Sprintf("guest agent was killed (signal %d)", status.ExitStatus()-128)
+	default:
+		return fmt.Sprintf("guest agent exited with status %d", status.ExitStatus())
+	}
+}
+
+// State implements runtime.Instance.
+func (i *instance) State() json.RawMessage { return i.raw }
+
+// Done implements runtime.Instance.
+func (i *instance) Done() <-chan struct{} { return i.done }
+
+// Exit implements runtime.Instance.
+func (i *instance) Exit() runtime.Exit {
+	select {
+	case <-i.done:
+		return i.exit
+	default:
+		return runtime.Exit{}
+	}
+}
+
+// Stop implements runtime.Instance.
+func (i *instance) Stop(ctx context.Context) error {
+	t := i.beginTeardown()
+	select {
+	case <-t.over:
+		return t.err
+	case <-ctx.Done():
+		return fmt.Errorf("stop sandbox %s: %w", i.id, ctx.Err())
+	}
+}
+
+// beginTeardown starts to free the instance, unless that is under way or done.
+func (i *instance) beginTeardown() *teardown {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.stopping = true
+	if t := i.teardown; t != nil {
+		select {
+		case <-t.over:
+			if t.err == nil {
+				return t
+			}
+		default:
+			return t
+		}
+	}
+	t := &teardown{over: make(chan struct{})}
+	i.teardown = t
+	i.rt.work.Go(func() {
+		defer close(t.over)
+		ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
+		defer cancel()
+		t.err = i.free(ctx)
+	})
+	return t
+}
+
+func (i *instance) free(ctx context.Context) error {
+	// The engine first and alone: with it the kernel ends everything in the
+	// guest, and Exit is known before the cgroup goes.
+	engine, err := i.state.Engine.open()
+	if err == nil {
+		err = engine.kill()
+		engine.close()
+	}
+	if err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("stop sandbox %s: %w", i.id, err)
+	}
+	select {
+	case <-i.done:
+	case <-i.rt.ctx.Done(): // no watcher any more
+	case <-ctx.Done():
+		return fmt.Errorf("stop sandbox %s: %w", i.id, ctx.Err())
+	}
+	if err := free(ctx, i.rt.cgroups, i.rt.cfg.Root, i.rt.cfg.Tag, i.id, i.state.Dir); err != nil {
+		return fmt.Errorf("stop sandbox %s: %w", i.id, err)
+	}
+	return nil
+}
+
+// Stats implements runtime.Instance.
+func (i *instance) Stats(context.Context) (runtime.Stats, error) {
+	cg, name := i.rt.cgroups, group(i.rt.cfg.Tag, i.id)
+	cpu, err := cg.cpuTime(name)
+	if err != nil {
+		return runtime.Stats{}, i.statsError(err)
+	}
+	memory, err := cg.memory(name)
+	if err != nil {
+		return runtime.Stats{}, i.statsError(err)
+	}
+	pids, err := cg.pids(name)
+	if err != nil {
+		return runtime.Stats{}, i.statsError(err)
+	}
+	return runtime.Stats{Time: time.Now(), CPU: cpu, MemoryBytes: memory, PIDs: pids}, nil
+}
+
+func (i *instance) statsError(err error) error {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", i.id)
+	}
+	return fmt.Errorf("measure sandbox %s: %w", i.id, err)
+}

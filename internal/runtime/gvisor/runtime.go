@@ -1,0 +1,328 @@
+// Package gvisor runs sandboxes on gVisor: a kernel in user space, started from
+// a copy of this very binary (see package runsc), that needs no KVM.
+//
+// An instance is two host processes that do not depend on the agent's: the
+// sandbox kernel ("engine"), whose children are the guest's address spaces, and
+// the gofer that opens the template's files for it. Both sit in the cgroup
+// /wrenn-<tag>/<id> from their first instruction on, so whatever an instance
+// may have left is found by its cgroup.
+package gvisor
+
+import (
+	"context"
+	"debug/buildinfo"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// Config is what the runtime works with.
+type Config struct {
+	Binary string // absolute path of the binary to execute as runsc, from InstallBinary
+	Root   string // directory for runsc's state; made if missing
+	Tag    string // tells this platform's cgroups from other platforms' on the host
+	Log    *slog.Logger
+}
+
+// Runtime makes gVisor instances. It implements runtime.Runtime.
+type Runtime struct {
+	cfg     Config
+	cgroups hierarchies
+	version string
+
+	ctx  context.Context // ends with Close
+	stop context.CancelFunc
+	work sync.WaitGroup // watchers and clean-ups
+
+	mu      sync.Mutex
+	claimed map[sandbox.ID]bool // ids being created just now
+}
+
+var _ runtime.Runtime = (*Runtime)(nil)
+
+// New prepares the runtime. It starts nothing; Probe says whether it works here.
+func New(cfg Config) (*Runtime, error) {
+	if cfg.Tag == "" || !filepath.IsAbs(cfg.Binary) || !filepath.IsAbs(cfg.Root) {
+		return nil, fmt.Errorf("new gvisor runtime: need absolute paths and a tag, got binary %q, root %q, tag %q", cfg.Binary, cfg.Root, cfg.Tag)
+	}
+	if err := os.MkdirAll(cfg.Root, 0o711); err != nil {
+		return nil, fmt.Errorf("new gvisor runtime: %w", err)
+	}
+	cgroups, err := findHierarchies()
+	if err != nil {
+		return nil, fmt.Errorf("new gvisor runtime: %w", err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	return &Runtime{
+		cfg: cfg, cgroups: cgroups, version: engineVersion(cfg.Binary),
+		ctx: ctx, stop: stop, claimed: map[sandbox.ID]bool{},
+	}, nil
+}
+
+// Name implements runtime.Runtime.
+func (*Runtime) Name() string { return "gvisor" }
+
+// Version implements runtime.Runtime: the version of gVisor in the binary.
+func (r *Runtime) Version() string { return r.version }
+
+func engineVersion(binary string) string {
+	info, err := buildinfo.ReadFile(binary)
+	if err != nil {
+		return "unknown"
+	}
+	for _, dep := range info.Deps {
+		if dep.Path == "gvisor.dev/gvisor" {
+			return dep.Version
+		}
+	}
+	return "unknown"
+}
+
+// Close ends what the runtime does in this process. Instances that run go on; if
+// there is none, the runtime's traces on the host go too.
+func (r *Runtime) Close() error {
+	r.stop()
+	r.work.Wait()
+	if len(r.cgroups.children(parentGroup(r.cfg.Tag))) > 0 {
+		return nil
+	}
+	return removeTraces(r.cgroups, r.cfg.Root, r.cfg.Tag)
+}
+
+// RemoveAll ends every instance of the platform with this root and tag and
+// frees all that the runtime holds for it.
+func RemoveAll(root, tag string) error {
+	cgroups, err := findHierarchies()
+	if err != nil {
+		return fmt.Errorf("remove all sandboxes: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
+	defer cancel()
+	var errs []error
+	for _, name := range cgroups.children(parentGroup(tag)) {
+		errs = append(errs, free(ctx, cgroups, root, tag, sandbox.ID(name), ""))
+	}
+	errs = append(errs, removeTraces(cgroups, root, tag))
+	return errors.Join(errs...)
+}
+
+// removeTraces removes what is there once per platform: the parent cgroup, and
+// the empty network namespace that runsc keeps mounted for its gofers.
+func removeTraces(cgroups hierarchies, root, tag string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	errs := []error{cgroups.remove(ctx, parentGroup(tag))}
+	entries, _ := os.ReadDir(root)
+	for _, e := range entries {
+		path := filepath.Join(root, e.Name())
+		// Creations at the same time can have mounted it more than once.
+		for unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
+			os.Remove(path) // fails, and is tried again, while a mount is left
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func parentGroup(tag string) string               { return "/wrenn-" + tag }
+func group(tag string, id sandbox.ID) string      { return filepath.Join(parentGroup(tag), string(id)) }
+func stateFile(root string, id sandbox.ID) string { return statePath(root, id, "state") }
+
+// statePath is where runsc keeps what it knows of a container.
+func statePath(root string, id sandbox.ID, ext string) string {
+	return filepath.Join(root, fmt.Sprintf("%s_sandbox:%s.%s", id, id, ext))
+}
+
+// Create implements runtime.Runtime.
+func (r *Runtime) Create(ctx context.Context, cfg runtime.Config) (runtime.Instance, error) {
+	if err := check(cfg); err != nil {
+		return nil, err
+	}
+	if err := r.claim(cfg.ID); err != nil {
+		return nil, err
+	}
+	defer r.release(cfg.ID)
+
+	inst, err := r.create(ctx, cfg)
+	if err != nil {
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+		defer cancel()
+		if ferr := free(cleanup, r.cgroups, r.cfg.Root, r.cfg.Tag, cfg.ID, cfg.Dir); ferr != nil {
+			r.cfg.Log.Error("failed creation left something", "sandbox", cfg.ID, "err", ferr)
+		}
+		return nil, fmt.Errorf("create sandbox %s: %w", cfg.ID, err)
+	}
+	return inst, nil
+}
+
+// check refuses what runsc would take and misunderstand.
+func check(cfg runtime.Config) error {
+	if _, err := sandbox.ParseID(string(cfg.ID)); err != nil {
+		return err
+	}
+	if res := cfg.Resources; res.CPUs <= 0 || res.MemoryMiB <= 0 || res.DiskMiB <= 0 || res.PIDs <= 0 {
+		return sandbox.Errorf(sandbox.ErrInvalid, "resources must be above zero: %+v", res)
+	}
+	if cfg.Slot == nil {
+		return sandbox.Errorf(sandbox.ErrInvalid, "a sandbox needs a network slot")
+	}
+	for _, path := range []string{cfg.RootFS, cfg.Dir, cfg.GuestInit} {
+		if !filepath.IsAbs(path) {
+			return sandbox.Errorf(sandbox.ErrInvalid, "path %q is not absolute", path)
+		}
+	}
+	if info, err := os.Stat(cfg.RootFS); err != nil {
+		return fmt.Errorf("open root filesystem: %w", err)
+	} else if !info.IsDir() {
+		return fmt.Errorf("open root filesystem: %s is no directory", cfg.RootFS)
+	}
+	if _, err := os.Stat(cfg.GuestInit); err != nil {
+		return fmt.Errorf("open guest agent: %w", err)
+	}
+	return nil
+}
+
+// claim takes the id for a creation.
+func (r *Runtime) claim(id sandbox.ID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, err := os.Lstat(stateFile(r.cfg.Root, id))
+	if r.claimed[id] || err == nil || r.cgroups.exists(group(r.cfg.Tag, id)) {
+		return sandbox.Errorf(sandbox.ErrConflict, "sandbox %s exists already", id)
+	}
+	r.claimed[id] = true
+	return nil
+}
+
+func (r *Runtime) release(id sandbox.ID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.claimed, id)
+}
+
+// memoryOverhead is what the host grants beyond the guest's memory, for the
+// sandbox kernel, the gofer and page tables: so that the guest can use all that
+// it is shown.
+func memoryOverhead(memoryMiB int64) int64 { return 64 + memoryMiB/16 }
+
+func (r *Runtime) create(ctx context.Context, cfg runtime.Config) (*instance, error) {
+	cgroup := group(r.cfg.Tag, cfg.ID)
+	if err := writeBundle(cfg, cgroup); err != nil {
+		return nil, err
+	}
+	args := append(engineFlags(r.cfg.Root, cfg.Dir, cfg.Resources.DiskMiB),
+		"run", "--detach", "--bundle="+cfg.Dir, string(cfg.ID))
+	if err := r.exec(ctx, filepath.Join(cfg.Dir, logFile), args); err != nil {
+		return nil, err
+	}
+	limit := cfg.Resources.MemoryMiB + memoryOverhead(cfg.Resources.MemoryMiB)
+	if err := r.cgroups.limitMemory(cgroup, limit<<20); err != nil {
+		return nil, err
+	}
+	st, err := readState(r.cfg.Root, cfg)
+	if err != nil {
+		return nil, err
+	}
+	inst, err := r.open(cfg.ID, st)
+	if errors.Is(err, os.ErrProcessDone) {
+		return nil, fmt.Errorf("the sandbox ended at once: %s", ending(cfg.Dir, 0, false))
+	}
+	return inst, err
+}
+
+// readState records the processes that runsc started.
+func readState(root string, cfg runtime.Config) (state, error) {
+	data, err := os.ReadFile(stateFile(root, cfg.ID))
+	if err != nil {
+		return state{}, fmt.Errorf("read runsc's state: %w", err)
+	}
+	var runsc struct {
+		GoferPID int `json:"goferPid"`
+		Sandbox  struct {
+			PID int `json:"pid"`
+		} `json:"sandbox"`
+	}
+	if err := json.Unmarshal(data, &runsc); err != nil {
+		return state{}, fmt.Errorf("read runsc's state: %w", err)
+	}
+	st := state{Dir: cfg.Dir, MemoryMiB: cfg.Resources.MemoryMiB, DiskMiB: cfg.Resources.DiskMiB}
+	// A process that has ended already is left zero; opening it says so.
+	st.Engine, _ = identify(runsc.Sandbox.PID)
+	st.Gofer, _ = identify(runsc.GoferPID)
+	return st, nil
+}
+
+// Adopt implements runtime.Runtime.
+func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (runtime.Instance, error) {
+	var st state
+	if err := json.Unmarshal(raw, &st); err != nil {
+		return nil, fmt.Errorf("adopt sandbox %s: %w", id, err)
+	}
+	inst, err := r.open(id, st)
+	if errors.Is(err, os.ErrProcessDone) {
+		return nil, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", id)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("adopt sandbox %s: %w", id, err)
+	}
+	return inst, nil
+}
+
+// Discard implements runtime.Runtime.
+func (r *Runtime) Discard(ctx context.Context, id sandbox.ID, raw json.RawMessage) error {
+	if _, err := sandbox.ParseID(string(id)); err != nil {
+		return err
+	}
+	var st state
+	if len(raw) > 0 {
+		if err := json.Unmarshal(raw, &st); err != nil {
+			r.cfg.Log.Warn("discarding without the recorded state", "sandbox", id, "err", err)
+		}
+	}
+	if err := free(ctx, r.cgroups, r.cfg.Root, r.cfg.Tag, id, st.Dir); err != nil {
+		return fmt.Errorf("discard sandbox %s: %w", id, err)
+	}
+	return nil
+}
+
+// teardownTime bounds a clean-up: processes end in milliseconds, so this is
+// only reached when the host is in deep trouble.
+const teardownTime = 30 * time.Second
+
+// free ends and removes everything that an instance of this id may have on the
+// host, however much of it is there. dir may be empty when it is not known.
+func free(ctx context.Context, cgroups hierarchies, root, tag string, id sandbox.ID, dir string) error {
+	if err := cgroups.kill(ctx, group(tag, id)); err != nil {
+		return err
+	}
+	if err := cgroups.remove(ctx, group(tag, id)); err != nil {
+		return err
+	}
+	paths := []string{stateFile(root, id), statePath(root, id, "lock")}
+	// runsc puts its socket into the first of these where the path is short
+	// enough for a socket.
+	for _, d := range []string{root, "/var/run", "/run", "/tmp"} {
+		paths = append(paths, filepath.Join(d, fmt.Sprintf("runsc-%s.sock", id)))
+	}
+	if dir != "" {
+		for _, name := range instanceFiles {
+			paths = append(paths, filepath.Join(dir, name))
+		}
+	}
+	var errs []error
+	for _, path := range paths {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

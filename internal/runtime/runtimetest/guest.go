@@ -1,0 +1,158 @@
+package runtimetest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// guestPort is where testguest listens.
+const guestPort = 8080
+
+// buildGuest builds testguest into dir and returns its path.
+func buildGuest(t *testing.T, dir string) string {
+	path := filepath.Join(dir, "testguest")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", path, "github.com/wrenn/wrenn/internal/runtime/runtimetest/testguest")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build test guest: %v\n%s", err, out)
+	}
+	return path
+}
+
+// makeRootFS makes the least that a guest needs, below dir.
+func makeRootFS(t *testing.T, dir string) string {
+	root := filepath.Join(dir, "rootfs")
+	for _, d := range []string{"dev", "etc", "proc", "sys", "tmp", "usr/bin"} {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, content := range map[string]string{runtime.GuestInitPath: "", "/etc/os-release": "ID=template\n", "/etc/hosts": "the template's\n"} {
+		if err := os.WriteFile(filepath.Join(root, name), []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+// guest is a running instance and the way to talk to it.
+type guest struct {
+	runtime.Instance
+	cfg    runtime.Config
+	client *http.Client
+}
+
+// config is what the suite makes instances from unless a test changes it.
+func (s *suite) config(t *testing.T) runtime.Config {
+	return runtime.Config{
+		ID: sandbox.NewID(), RootFS: s.rootfs, Dir: t.TempDir(), GuestInit: s.init, InitArgs: []string{"hello"},
+		Slot: s.Slot(t), Hostname: "guesthost",
+		Resources: sandbox.Resources{CPUs: 1, MemoryMiB: 256, DiskMiB: 64, PIDs: 2048},
+	}
+}
+
+// start creates an instance and waits until its guest answers.
+func (s *suite) start(t *testing.T, change ...func(*runtime.Config)) *guest {
+	t.Helper()
+	cfg := s.config(t)
+	for _, f := range change {
+		f(&cfg)
+	}
+	inst, err := s.Runtime.Create(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &guest{Instance: inst, cfg: cfg, client: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}}
+	t.Cleanup(func() {
+		if err := inst.Stop(context.Background()); err != nil {
+			t.Error(err)
+		}
+		s.checkNothingLeft(t, cfg)
+	})
+	g.awaitAnswer(t)
+	return g
+}
+
+// awaitAnswer asks until the guest listens. A refused connection is the only
+// sign of a listener that is not there yet, so it is asked again.
+func (g *guest) awaitAnswer(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		if _, err := g.call(ctx, "GET", "/ping", nil, ""); err == nil {
+			return
+		} else if ctx.Err() != nil {
+			t.Fatalf("guest does not answer: %v", err)
+		}
+		select {
+		case <-g.Done():
+			t.Fatalf("guest ended: %+v", g.Exit())
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// call sends one request; an answer other than 200 is an error with its text.
+func (g *guest) call(ctx context.Context, method, path string, query url.Values, body string) (string, error) {
+	u := fmt.Sprintf("http://%s:%d%s?%s", g.cfg.Slot.HostAddr, guestPort, path, query.Encode())
+	req, err := http.NewRequestWithContext(ctx, method, u, strings.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	resp, err := g.client.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(strings.TrimSpace(string(text)))
+	}
+	return string(text), err
+}
+
+func (g *guest) must(t *testing.T, method, path string, query url.Values, body string) string {
+	t.Helper()
+	text, err := g.call(t.Context(), method, path, query, body)
+	if err != nil {
+		t.Fatalf("%s %s %v: %v", method, path, query, err)
+	}
+	return text
+}
+
+func (g *guest) read(t *testing.T, path string) string {
+	t.Helper()
+	return g.must(t, "GET", "/read", url.Values{"path": {path}}, "")
+}
+
+func (g *guest) write(ctx context.Context, path string, mib int, body string) error {
+	_, err := g.call(ctx, "POST", "/write", url.Values{"path": {path}, "mib": {strconv.Itoa(mib)}}, body)
+	return err
+}
+
+// awaitEnd waits until the instance has ended by itself.
+func awaitEnd(t *testing.T, inst runtime.Instance, within time.Duration) runtime.Exit {
+	t.Helper()
+	select {
+	case <-inst.Done():
+		return inst.Exit()
+	case <-time.After(within):
+		t.Fatalf("instance has not ended within %v", within)
+		return runtime.Exit{}
+	}
+}

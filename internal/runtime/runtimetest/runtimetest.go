@@ -1,0 +1,468 @@
+// Package runtimetest is the suite that every sandbox runtime passes. It works
+// on real instances: the guest's init is testguest, built by the suite.
+package runtimetest
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// Harness is a runtime and what the suite needs to know of the host around it.
+type Harness struct {
+	Runtime runtime.Runtime
+
+	// Reopen gives a second Runtime over the same state, as after a restart of
+	// the agent.
+	Reopen func(t *testing.T) runtime.Runtime
+
+	// Slot gives a prepared network slot, taken back at the end of the test.
+	Slot func(t *testing.T) *network.Slot
+
+	// KillEngine ends, as kill -9 would, the process that is the sandbox's kernel.
+	KillEngine func(t *testing.T, inst runtime.Instance)
+
+	// Leftovers names every process, mount, cgroup and file that is on the host
+	// because of this id, files in Config.Dir left out.
+	Leftovers func(t *testing.T, id sandbox.ID) []string
+}
+
+type suite struct {
+	Harness
+	init   string
+	rootfs string
+}
+
+// Run runs the suite. open is called once for each test.
+func Run(t *testing.T, open func(t *testing.T) Harness) {
+	dir := t.TempDir()
+	init := buildGuest(t, dir)
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, *suite)
+	}{
+		{"the guest runs and is reached", testGuestRuns},
+		{"the guest sees the resources it was given", testResourcesSeen},
+		{"two instances share a template and do not write it", testSharedRootFS},
+		{"the disk limit is enforced", testDiskLimit},
+		{"the guest can use nearly all its memory", testMemoryUsable},
+		{"exceeding memory ends the instance with the reason", testOutOfMemory},
+		{"the cpu limit is enforced", testCPULimit},
+		{"a fork bomb is contained", testForkBomb},
+		{"stats are those of the instance", testStats},
+		{"stop can be repeated and called after the end", testStop},
+		{"the end of init is told with its status", testInitExit},
+		{"a killed engine is told", testEngineKilled},
+		{"an id in use is refused and its owner lives on", testConflict},
+		{"a create that cannot work leaves nothing", testCreateFails},
+		{"a cancelled create leaves nothing", testCreateCancelled},
+		{"a second runtime adopts a running instance", testAdopt},
+		{"an instance that has ended is not adopted", testAdoptEnded},
+		{"an instance is discarded without its state", testDiscard},
+		{"many instances come and go at once", testConcurrent},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.run(t, &suite{Harness: open(t), init: init, rootfs: makeRootFS(t, t.TempDir())})
+		})
+	}
+}
+
+func (s *suite) checkNothingLeft(t *testing.T, cfg runtime.Config) {
+	t.Helper()
+	for _, left := range s.Leftovers(t, cfg.ID) {
+		t.Error("left on the host:", left)
+	}
+	entries, err := os.ReadDir(cfg.Dir)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, e := range entries {
+		t.Error("left in the instance's directory:", e.Name())
+	}
+}
+
+func testGuestRuns(t *testing.T, s *suite) {
+	g := s.start(t)
+	if got, want := g.must(t, "GET", "/ping", nil, ""), "hello pid=1 host=guesthost"; got != want {
+		t.Errorf("guest says %q, want %q", got, want)
+	}
+	if got := g.read(t, "/etc/os-release"); got != "ID=template\n" {
+		t.Errorf("the template's file reads %q", got)
+	}
+	if got := g.read(t, "/etc/resolv.conf"); got != "nameserver 169.254.0.22\n" {
+		t.Errorf("resolv.conf reads %q", got)
+	}
+	if got := g.read(t, "/etc/hostname"); got != "guesthost\n" {
+		t.Errorf("hostname reads %q", got)
+	}
+	if got := g.read(t, "/etc/hosts"); !strings.Contains(got, "127.0.0.1\tlocalhost\n") || !strings.Contains(got, "169.254.0.21\tguesthost\n") {
+		t.Errorf("hosts reads %q", got)
+	}
+	if err := g.write(t.Context(), "/etc/hosts", 0, "10.9.8.7 added\n"); err != nil {
+		t.Errorf("hosts cannot be added to: %v", err)
+	}
+	if got := g.read(t, "/etc/hosts"); !strings.HasSuffix(got, "10.9.8.7 added\n") {
+		t.Errorf("hosts reads %q after a line was added", got)
+	}
+	if got := g.read(t, "/proc/mounts"); strings.Contains(got, " /tmp ") {
+		t.Errorf("/tmp is a mount of its own:\n%s", got)
+	}
+}
+
+func testResourcesSeen(t *testing.T, s *suite) {
+	g := s.start(t)
+	for line := range strings.Lines(g.read(t, "/proc/meminfo")) {
+		if fields := strings.Fields(line); fields[0] == "MemTotal:" {
+			kib, _ := strconv.ParseInt(fields[1], 10, 64)
+			want := g.cfg.Resources.MemoryMiB << 10
+			if kib < want*95/100 || kib > want*105/100 {
+				t.Errorf("MemTotal is %d KiB, want about %d", kib, want)
+			}
+			return
+		}
+	}
+	t.Error("no MemTotal in meminfo")
+}
+
+func testSharedRootFS(t *testing.T, s *suite) {
+	before := digest(t, s.rootfs)
+	a, b := s.start(t), s.start(t)
+	if err := a.write(t.Context(), "/etc/os-release", 0, "by a\n"); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.read(t, "/etc/os-release"); got != "ID=template\nby a\n" {
+		t.Errorf("a reads %q", got)
+	}
+	if got := b.read(t, "/etc/os-release"); got != "ID=template\n" {
+		t.Errorf("b sees what a wrote: %q", got)
+	}
+	if after := digest(t, s.rootfs); after != before {
+		t.Error("the template was changed")
+	}
+}
+
+// digest sums up names, modes, times and contents below dir.
+func digest(t *testing.T, dir string) [32]byte {
+	h := sha256.New()
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(h, path, info.Mode(), info.Size(), info.ModTime())
+		if d.Type().IsRegular() {
+			data, err := os.ReadFile(path)
+			h.Write(data)
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return [32]byte(h.Sum(nil))
+}
+
+func testDiskLimit(t *testing.T, s *suite) {
+	g := s.start(t)
+	if err := g.write(t.Context(), "/tmp/fits", 40, ""); err != nil {
+		t.Fatalf("40 of 64 MiB cannot be written: %v", err)
+	}
+	if err := g.write(t.Context(), "/etc/toomuch", 40, ""); err == nil || !strings.Contains(err.Error(), "no space left") {
+		t.Errorf("writing 80 of 64 MiB gives %v", err)
+	}
+	g.must(t, "GET", "/ping", nil, "") // and the guest lives
+}
+
+func testMemoryUsable(t *testing.T, s *suite) {
+	g := s.start(t)
+	g.must(t, "POST", "/alloc", url.Values{"mib": {"230"}}, "") // of 256
+	g.must(t, "GET", "/ping", nil, "")
+}
+
+func testOutOfMemory(t *testing.T, s *suite) {
+	g := s.start(t)
+	g.call(t.Context(), "POST", "/alloc", url.Values{"mib": {"1024"}}, "") // breaks off
+	exit := awaitEnd(t, g, 30*time.Second)
+	if want := "out of memory: the sandbox exceeded its limit of 256 MiB"; !exit.OutOfMemory || exit.Reason != want {
+		t.Errorf("exit is %+v, want out of memory: %q", exit, want)
+	}
+}
+
+func testCPULimit(t *testing.T, s *suite) {
+	g := s.start(t)
+	before, err := g.Stats(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.must(t, "POST", "/burn", url.Values{"ms": {"3000"}, "n": {"4"}}, "")
+	after, err := g.Stats(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := (after.CPU - before.CPU).Seconds() / after.Time.Sub(before.Time).Seconds()
+	t.Logf("4 busy threads took %.2f of 1 cpu", used)
+	if used > 1.2 {
+		t.Errorf("4 busy threads took %.2f cpus, limit 1", used)
+	}
+	if used < 0.3 { // less than the limit where other work needs the host
+		t.Errorf("4 busy threads took only %.2f cpus: not measured", used)
+	}
+}
+
+// testForkBomb: the instance either outlives a fork bomb or ends with a reason;
+// the host stays well within the limit and another instance answers throughout.
+func testForkBomb(t *testing.T, s *suite) {
+	other := s.start(t)
+	g := s.start(t, func(c *runtime.Config) { c.Resources.PIDs = 1024; c.Resources.MemoryMiB = 512 })
+	g.call(t.Context(), "POST", "/bomb", nil, "")
+	deadline := time.After(10 * time.Second)
+	var most int64
+	for done := false; !done; {
+		select {
+		case <-g.Done():
+			t.Logf("ended: %+v", g.Exit())
+			if g.Exit().Reason == "" {
+				t.Error("ended without a reason")
+			}
+			done = true
+		case <-deadline:
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			_, err := g.call(ctx, "GET", "/ping", nil, "")
+			cancel()
+			t.Logf("lives on; ping: %v", err)
+			done = true
+		case <-time.After(200 * time.Millisecond):
+			if stats, err := g.Stats(t.Context()); err == nil {
+				most = max(most, stats.PIDs)
+			}
+			other.must(t, "GET", "/ping", nil, "")
+		}
+	}
+	t.Log("most tasks seen:", most)
+	if most > 1024 {
+		t.Errorf("%d tasks, limit 1024", most)
+	}
+}
+
+func testStats(t *testing.T, s *suite) {
+	g := s.start(t)
+	idle, err := g.Stats(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("idle: %+v", idle)
+	if idle.CPU <= 0 || idle.PIDs <= 0 || idle.MemoryBytes < 1<<20 {
+		t.Errorf("idle: %+v", idle)
+	}
+	g.must(t, "POST", "/alloc", url.Values{"mib": {"100"}}, "")
+	full, err := g.Stats(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if grown := (full.MemoryBytes - idle.MemoryBytes) >> 20; grown < 95 || grown > 160 {
+		t.Errorf("100 MiB more in the guest are %d MiB on the host", grown)
+	}
+}
+
+func testStop(t *testing.T, s *suite) {
+	g := s.start(t)
+	start := time.Now()
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			if err := g.Stop(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	t.Log("stop took", time.Since(start))
+	select {
+	case <-g.Done():
+	default:
+		t.Error("stopped, but not done")
+	}
+	s.checkNothingLeft(t, g.cfg)
+	if err := g.Stop(t.Context()); err != nil {
+		t.Error("third stop:", err)
+	}
+	if _, err := g.Stats(t.Context()); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("stats of a stopped instance: %v", err)
+	}
+}
+
+func testInitExit(t *testing.T, s *suite) {
+	g := s.start(t)
+	g.call(t.Context(), "POST", "/exit", url.Values{"code": {"7"}}, "")
+	exit := awaitEnd(t, g, 10*time.Second)
+	if exit.OutOfMemory || !strings.Contains(exit.Reason, "status 7") {
+		t.Errorf("exit is %+v", exit)
+	}
+}
+
+func testEngineKilled(t *testing.T, s *suite) {
+	g := s.start(t)
+	s.KillEngine(t, g)
+	if exit := awaitEnd(t, g, 10*time.Second); exit.OutOfMemory || !strings.Contains(exit.Reason, "signal 9") {
+		t.Errorf("exit is %+v", exit)
+	}
+}
+
+func testConflict(t *testing.T, s *suite) {
+	g := s.start(t)
+	cfg := s.config(t)
+	cfg.ID = g.cfg.ID
+	for name, rt := range map[string]runtime.Runtime{"the same runtime": s.Runtime, "a second runtime": s.Reopen(t)} {
+		if _, err := rt.Create(t.Context(), cfg); !errors.Is(err, sandbox.ErrConflict) {
+			t.Errorf("%s: second create gives %v", name, err)
+		}
+	}
+	g.must(t, "GET", "/ping", nil, "")
+}
+
+func testCreateFails(t *testing.T, s *suite) {
+	for name, change := range map[string]func(*runtime.Config){
+		"no root filesystem":  func(c *runtime.Config) { c.RootFS = "/nonexistent" },
+		"no guest agent":      func(c *runtime.Config) { c.GuestInit = "/nonexistent" },
+		"init is no program":  func(c *runtime.Config) { c.GuestInit = "/etc/passwd" },
+		"no network":          func(c *runtime.Config) { c.Slot = &network.Slot{InnerNetNS: "/nonexistent"} },
+		"no memory":           func(c *runtime.Config) { c.Resources.MemoryMiB = 0 },
+		"negative processors": func(c *runtime.Config) { c.Resources.CPUs = -1 },
+		"no directory":        func(c *runtime.Config) { c.Dir = filepath.Join(c.Dir, "missing") },
+		"a bad id":            func(c *runtime.Config) { c.ID = "../../etc" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := s.config(t)
+			bad := cfg
+			change(&bad)
+			if inst, err := s.Runtime.Create(t.Context(), bad); err == nil {
+				t.Error("create succeeded")
+				inst.Stop(t.Context())
+			} else {
+				t.Log(err)
+			}
+			s.checkNothingLeft(t, cfg)
+		})
+	}
+}
+
+func testCreateCancelled(t *testing.T, s *suite) {
+	for _, after := range []time.Duration{0, 5, 15, 30, 45, 60, 75, 90, 110} {
+		cfg := s.config(t)
+		ctx, cancel := context.WithTimeout(t.Context(), after*time.Millisecond)
+		inst, err := s.Runtime.Create(ctx, cfg)
+		cancel()
+		switch {
+		case err == nil: // it was faster
+			if err := inst.Stop(t.Context()); err != nil {
+				t.Error(err)
+			}
+		case !errors.Is(err, context.DeadlineExceeded):
+			t.Errorf("cancelled after %v ms: %v", int(after), err)
+		}
+		s.checkNothingLeft(t, cfg)
+	}
+}
+
+func testAdopt(t *testing.T, s *suite) {
+	g := s.start(t)
+	second := s.Reopen(t)
+	inst, err := second.Adopt(t.Context(), g.cfg.ID, g.State())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(inst.State()) != string(g.State()) {
+		t.Errorf("state changed from %s to %s", g.State(), inst.State())
+	}
+	select {
+	case <-inst.Done():
+		t.Fatalf("adopted instance is done: %+v", inst.Exit())
+	default:
+	}
+	if _, err := inst.Stats(t.Context()); err != nil {
+		t.Error(err)
+	}
+	g.call(t.Context(), "POST", "/exit", url.Values{"code": {"3"}}, "")
+	for name, i := range map[string]runtime.Instance{"creator": g, "adopter": inst} {
+		if exit := awaitEnd(t, i, 10*time.Second); !strings.Contains(exit.Reason, "status 3") {
+			t.Errorf("%s: exit is %+v", name, exit)
+		}
+	}
+	if err := inst.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	s.checkNothingLeft(t, g.cfg)
+}
+
+func testAdoptEnded(t *testing.T, s *suite) {
+	g := s.start(t)
+	s.KillEngine(t, g)
+	awaitEnd(t, g, 10*time.Second)
+	second := s.Reopen(t)
+	if _, err := second.Adopt(t.Context(), g.cfg.ID, g.State()); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("adopting what has ended gives %v", err)
+	}
+	for range 2 {
+		if err := second.Discard(t.Context(), g.cfg.ID, g.State()); err != nil {
+			t.Error(err)
+		}
+		s.checkNothingLeft(t, g.cfg)
+	}
+}
+
+func testDiscard(t *testing.T, s *suite) {
+	if err := s.Runtime.Discard(t.Context(), sandbox.NewID(), nil); err != nil {
+		t.Errorf("discarding what never was: %v", err)
+	}
+	for name, state := range map[string]json.RawMessage{"no state": nil, "broken state": json.RawMessage("{")} {
+		g := s.start(t)
+		if err := s.Reopen(t).Discard(t.Context(), g.cfg.ID, state); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		for _, left := range s.Leftovers(t, g.cfg.ID) {
+			t.Errorf("%s: left on the host: %s", name, left)
+		}
+		awaitEnd(t, g, 10*time.Second)
+	}
+}
+
+func testConcurrent(t *testing.T, s *suite) {
+	cfgs := make([]runtime.Config, 8)
+	for i := range cfgs {
+		cfgs[i] = s.config(t)
+	}
+	var wg sync.WaitGroup
+	for _, cfg := range cfgs {
+		wg.Go(func() {
+			inst, err := s.Runtime.Create(t.Context(), cfg)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := inst.Stop(t.Context()); err != nil {
+				t.Error(err)
+			}
+			s.checkNothingLeft(t, cfg)
+		})
+	}
+	wg.Wait()
+}
