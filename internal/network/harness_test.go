@@ -213,15 +213,18 @@ func serve(t testing.TB, ns netns.NsHandle, network, addr string) {
 		}()
 		return
 	}
-	t.Cleanup(func() { ln.Close() })
+	ctx, end := context.WithCancel(context.Background())
+	t.Cleanup(func() { ln.Close(); end() })
 	go func() {
 		for {
 			c, err := ln.Accept()
 			if err != nil {
 				return
 			}
+			stop := context.AfterFunc(ctx, func() { c.Close() })
 			go func() {
 				defer c.Close()
+				defer stop()
 				for r := bufio.NewReader(c); ; {
 					if _, err := r.ReadString('\n'); err != nil {
 						return

@@ -5,9 +5,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -44,32 +45,28 @@ func createSlot(tag string, s *Slot, resolver netip.Addr) (err error) {
 		return err
 	}
 	defer nat.Close()
-	if err := linkToHost(tag, s, nat); err != nil {
-		return err
-	}
-	err = inside(nat, func() error {
-		if err := setUpNAT(s, guest); err != nil {
-			return err
-		}
-		return installSlotTable(s, resolver)
-	})
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
-	return inside(guest, setUpGuest)
+	defer host.Close()
+	hostEnd, err := setUpHostEnd(host, tag, s, nat)
+	if err != nil {
+		return err
+	}
+	err = inside(nat, func() error { return setUpNAT(s, guest, resolver) })
+	if err != nil {
+		return err
+	}
+	return waitUp(host, hostEnd)
 }
 
-// linkToHost makes the pair of links between the host and the NAT namespace.
-func linkToHost(tag string, s *Slot, nat netns.NsHandle) error {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer h.Close()
+// setUpHostEnd makes the pair of links between the host and the NAT namespace.
+func setUpHostEnd(h *netlink.Handle, tag string, s *Slot, nat netns.NsHandle) (netlink.Link, error) {
 	name := linkName(tag, s.Index)
 	link, err := addVeth(h, name, uplink, nat)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, v := range [][2]string{
 		{"ipv6/conf/" + name + "/disable_ipv6", "1"},
@@ -77,15 +74,18 @@ func linkToHost(tag string, s *Slot, nat netns.NsHandle) error {
 		{"ipv4/conf/" + name + "/rp_filter", "1"},
 	} {
 		if err := writeSysctl(v[0], v[1]); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return addressAndUp(h, link, netip.PrefixFrom(s.HostAddr.Prev(), 31))
+	return link, addressAndUp(h, link, netip.PrefixFrom(s.HostAddr.Prev(), 31))
 }
 
-// setUpNAT runs in the NAT namespace: the pair of links to the guest, addresses
-// and the route out.
-func setUpNAT(s *Slot, guest netns.NsHandle) error {
+// setUpNAT runs in the NAT namespace: the pair of links to the guest, addresses,
+// the route out and the rules.
+func setUpNAT(s *Slot, guest netns.NsHandle, resolver netip.Addr) error {
+	if err := installSlotTable(s, resolver); err != nil {
+		return err
+	}
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
@@ -105,7 +105,13 @@ func setUpNAT(s *Slot, guest netns.NsHandle) error {
 	if err := addressAndUp(h, up, netip.PrefixFrom(s.HostAddr, 31)); err != nil {
 		return err
 	}
-	return replaceDefaultRoute(h, up, s.HostAddr.Prev())
+	if err := replaceDefaultRoute(h, up, s.HostAddr.Prev()); err != nil {
+		return err
+	}
+	if err := inside(guest, setUpGuest); err != nil {
+		return err
+	}
+	return waitUp(h, down)
 }
 
 // setUpGuest runs in the guest namespace. It is idempotent.
@@ -205,6 +211,39 @@ func addressAndUp(h *netlink.Handle, link netlink.Link, p netip.Prefix) error {
 	return nil
 }
 
+// waitUp waits until a link whose peer has just come up passes packets. The
+// kernel sees to that in the background; until then it drops what is sent, and
+// the first connection through a slot would take a second longer. It must run in
+// the namespace of h. From Linux 6.8 on, asking is enough and nothing is waited for.
+func waitUp(h *netlink.Handle, link netlink.Link) error {
+	const limit = 5 * time.Second
+	events, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
+	if err != nil {
+		return err
+	}
+	defer events.Close()
+	deadline := time.Now().Add(limit)
+	for {
+		now, err := h.LinkByIndex(link.Attrs().Index)
+		if err != nil {
+			return fmt.Errorf("find link %s: %w", link.Attrs().Name, err)
+		}
+		left := time.Until(deadline)
+		switch {
+		case now.Attrs().OperState == netlink.OperUp:
+			return nil
+		case left <= 0:
+			return fmt.Errorf("link %s is %s %v after it was set up", link.Attrs().Name, now.Attrs().OperState, limit)
+		}
+		tv := unix.NsecToTimeval(max(left, time.Millisecond).Nanoseconds())
+		if err := events.SetReceiveTimeout(&tv); err != nil {
+			return err
+		}
+		// A timeout or an overrun is no matter: the state is asked for again.
+		_, _, _ = events.Receive()
+	}
+}
+
 func replaceDefaultRoute(h *netlink.Handle, link netlink.Link, via netip.Addr) error {
 	route := &netlink.Route{
 		LinkIndex: link.Attrs().Index,
@@ -219,81 +258,4 @@ func replaceDefaultRoute(h *netlink.Handle, link netlink.Link, via netip.Addr) e
 
 func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
-}
-
-const slotTable = "wrenn"
-
-// installSlotTable runs in the NAT namespace, which has no rules yet.
-func installSlotTable(s *Slot, resolver netip.Addr) error {
-	c, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	t := c.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: slotTable})
-
-	spoof := hookedChain(c, t, "spoof", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept)
-	addRule(c, spoof, iif(downlink), saddrNot(GuestAddr), drop)
-
-	pre := hookedChain(c, t, "prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest, nftables.ChainPolicyAccept)
-	for _, proto := range []match{tcp, udp} {
-		addRule(c, pre, iif(uplink), daddr(host(s.HostAddr)), proto, dnat(GuestAddr))
-		if resolver.IsValid() {
-			addRule(c, pre, iif(downlink), daddr(host(GatewayAddr)), proto, dport(53), dnat(resolver))
-		}
-	}
-
-	post := hookedChain(c, t, "postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
-	addRule(c, post, oif(uplink), snat(s.HostAddr))
-
-	in := hookedChain(c, t, "input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
-	addRule(c, in, icmp, echoRequest, accept)
-
-	egress := addEgressChain(c, t, Policy{AllowInternet: true})
-	fwd := hookedChain(c, t, "forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
-	addRule(c, fwd, invalid, drop)
-	addRule(c, fwd, iif(uplink), original, dnatted, accept)
-	addRule(c, fwd, iif(downlink), reply, accept)
-	addRule(c, fwd, jump(egress))
-	// What is not allowed fails at once instead of after the guest's timeout.
-	addRule(c, fwd, iif(downlink), tcp, resetTCP)
-	addRule(c, fwd, iif(downlink), portUnreachable)
-
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("install rules of the slot: %w", err)
-	}
-	return nil
-}
-
-// addEgressChain fills the chain that passes connections which the guest opens.
-func addEgressChain(c *nftables.Conn, t *nftables.Table, policy Policy) *nftables.Chain {
-	egress := c.AddChain(&nftables.Chain{Table: t, Name: "egress"})
-	if policy.AllowInternet {
-		addRule(c, egress, iif(downlink), original, accept)
-		addRule(c, egress, iif(uplink), reply, accept)
-	}
-	return egress
-}
-
-// setPolicy replaces the slot's policy in one transaction. It applies to
-// connections that are open already, too.
-func setPolicy(s *Slot, policy Policy) error {
-	ns, err := netns.GetFromPath(s.NetNS)
-	if err != nil {
-		return fmt.Errorf("set policy of network slot %d: %w", s.Index, err)
-	}
-	defer ns.Close()
-	err = inside(ns, func() error {
-		c, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: slotTable}
-		c.FlushChain(&nftables.Chain{Table: t, Name: "egress"})
-		addEgressChain(c, t, policy)
-		return c.Flush()
-	})
-	if err != nil {
-		return fmt.Errorf("set policy of network slot %d: %w", s.Index, err)
-	}
-	return nil
 }
