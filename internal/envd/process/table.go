@@ -1,0 +1,103 @@
+package process
+
+import (
+	"slices"
+	"sync"
+	"time"
+
+	rpc "github.com/wrenn/wrenn/api/proto/process"
+)
+
+const (
+	// keepEnded is how long a process that ended can still be connected to.
+	keepEnded = 30 * time.Second
+	// maxEnded bounds how many of them are kept.
+	maxEnded = 512
+)
+
+// entry is a process as clients know it.
+type entry struct {
+	*Process
+	config *rpc.ProcessConfig
+	tag    *string
+}
+
+// table finds processes by what clients call them.
+type table struct {
+	mu    sync.Mutex
+	live  map[uint32]*entry
+	ended []*entry // oldest first
+}
+
+func (t *table) add(e *entry) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.live == nil {
+		t.live = make(map[uint32]*entry)
+	}
+	t.live[uint32(e.pid)] = e
+}
+
+// retire keeps an ended process for late comers, for a while.
+func (t *table) retire(e *entry) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	// The kernel may have given the number to a younger process already.
+	if t.live[uint32(e.pid)] == e {
+		delete(t.live, uint32(e.pid))
+	}
+	if len(t.ended) >= maxEnded {
+		t.ended = slices.Delete(t.ended, 0, 1)
+	}
+	t.ended = append(t.ended, e)
+	time.AfterFunc(keepEnded, func() { t.forget(e) })
+}
+
+func (t *table) forget(e *entry) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if i := slices.Index(t.ended, e); i >= 0 {
+		t.ended = slices.Delete(t.ended, i, i+1)
+	}
+}
+
+// running returns the live processes, by pid.
+func (t *table) running() []*entry {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	list := make([]*entry, 0, len(t.live))
+	for _, e := range t.live {
+		list = append(list, e)
+	}
+	slices.SortFunc(list, func(a, b *entry) int { return a.pid - b.pid })
+	return list
+}
+
+// find returns the process selected, nil when there is none. Live ones come
+// before those that ended, which count only with ended set; of several with one
+// tag the youngest counts.
+func (t *table) find(s *rpc.ProcessSelector, ended bool) *entry {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	matches := func(e *entry) bool {
+		if tag, ok := s.GetSelector().(*rpc.ProcessSelector_Tag); ok {
+			return e.tag != nil && *e.tag == tag.Tag
+		}
+		return uint32(e.pid) == s.GetPid()
+	}
+	var found *entry
+	for _, e := range t.live {
+		if matches(e) && (found == nil || e.pid > found.pid) {
+			found = e
+		}
+	}
+	if found != nil || !ended {
+		return found
+	}
+	for _, e := range slices.Backward(t.ended) {
+		if matches(e) {
+			return e
+		}
+	}
+	return nil
+}

@@ -1,0 +1,165 @@
+// Package envd is the guest agent: the part of the platform that runs inside
+// every sandbox and serves its processes, terminals, files and watches over
+// HTTP. It depends on nothing of the rest of the platform but the RPC messages.
+package envd
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn/wrenn/api/proto/filesystem/filesystemconnect"
+	"github.com/wrenn/wrenn/api/proto/process/processconnect"
+	"github.com/wrenn/wrenn/internal/envd/access"
+	"github.com/wrenn/wrenn/internal/envd/files"
+	"github.com/wrenn/wrenn/internal/envd/filesystem"
+	"github.com/wrenn/wrenn/internal/envd/logs"
+	"github.com/wrenn/wrenn/internal/envd/metrics"
+	"github.com/wrenn/wrenn/internal/envd/process"
+	"github.com/wrenn/wrenn/internal/envd/settings"
+	"github.com/wrenn/wrenn/internal/envd/user"
+	"github.com/wrenn/wrenn/internal/envd/version"
+)
+
+// Version is the version that the agent reports.
+const Version = version.Version
+
+// Config of an Agent.
+type Config struct {
+	// Init makes the agent reap orphans: it is pid 1, or stands in for it.
+	Init bool
+	// OwnsClock lets the host set the system's clock through the agent.
+	OwnsClock bool
+}
+
+// Agent is the guest agent. Make one with New.
+type Agent struct {
+	guard    access.Guard
+	settings settings.Settings
+	ring     *logs.Ring
+	log      *slog.Logger
+	meter    metrics.Meter
+	reaper   *process.Reaper
+	watches  *filesystem.Service
+	handler  http.Handler
+	init     initializer
+
+	ownsClock bool
+}
+
+// New returns an agent that does nothing yet.
+func New(c Config) *Agent {
+	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsClock: c.OwnsClock}
+	a.log = slog.New(a.ring.Handler(slog.LevelInfo))
+	a.watches = filesystem.NewService(&a.settings, a.log)
+	a.handler = a.routes()
+	return a
+}
+
+// Serve answers on l until ctx ends. The processes it started keep running.
+func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
+	// Whatever the agent holds ends with it, also when serving fails.
+	ctx, cancel := context.WithCancel(ctx)
+	reaping := make(chan struct{})
+	go func() {
+		defer close(reaping)
+		a.reaper.Run(ctx)
+	}()
+	defer func() {
+		cancel()
+		<-reaping
+		a.watches.Close()
+	}()
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	server := &http.Server{
+		Handler:           a.handler,
+		Protocols:         protocols,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       640 * time.Second,
+		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
+	}
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	err := server.Serve(l)
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+func (a *Agent) routes() http.Handler {
+	transfer := files.NewHandler(&a.guard, &a.settings, a.log)
+	open := http.NewServeMux() // these check access themselves, or need none
+	open.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Cache-Control", "no-store")
+		w.WriteHeader(http.StatusNoContent)
+	})
+	open.HandleFunc("POST /init", a.serveInit)
+	open.HandleFunc("GET /files", transfer.Download)
+	open.HandleFunc("POST /files", transfer.Upload)
+
+	guarded := http.NewServeMux()
+	guarded.HandleFunc("GET /metrics", a.serveMetrics)
+	guarded.HandleFunc("GET /envs", a.serveEnvs)
+	guarded.HandleFunc("GET /logs", a.serveLogs)
+	guarded.HandleFunc("POST /files/compose", transfer.Compose)
+	options := connect.WithHandlerOptions()
+	guarded.Handle(processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options))
+	guarded.Handle(filesystemconnect.NewFilesystemHandler(a.watches, options))
+	open.Handle("/", a.requireToken(guarded))
+	return allowOrigins(withUser(open))
+}
+
+// requireToken lets only those in who have the access token.
+func (a *Agent) requireToken(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := a.guard.CheckHeader(r); err != nil {
+			files.WriteError(w, http.StatusUnauthorized, err)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// withUser notes whom the request names as its user, by basic authentication
+// without a password.
+func withUser(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if name, _, ok := r.BasicAuth(); ok && name != "" {
+			r = r.WithContext(user.WithName(r.Context(), name))
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// allowOrigins lets pages of any origin talk to the agent: what protects it is
+// the token, which no other page has.
+func allowOrigins(next http.Handler) http.Handler {
+	const maxAge = 2 * time.Hour
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Origin") == "" {
+			next.ServeHTTP(w, r)
+			return
+		}
+		h := w.Header()
+		h.Set("Access-Control-Allow-Origin", "*")
+		h.Set("Access-Control-Expose-Headers", "*, Location, Cache-Control, X-Content-Type-Options")
+		if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {
+			h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE")
+			requested := r.Header.Values("Access-Control-Request-Headers")
+			h.Set("Access-Control-Allow-Headers", strings.Join(requested, ","))
+			h.Set("Access-Control-Max-Age", strconv.Itoa(int(maxAge.Seconds())))
+			w.WriteHeader(http.StatusNoContent)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
