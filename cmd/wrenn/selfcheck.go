@@ -20,7 +20,7 @@ func runPython(ctx context.Context, dir dataDir, code string) (output string, cr
 		return "", creds, err
 	}
 	defer c.Close()
-	info, err := c.Create(ctx, client.CreateRequest{Timeout: time.Minute})
+	info, err := c.Create(ctx, client.CreateRequest{TemplateID: "base", Timeout: time.Minute})
 	if err != nil {
 		return "", creds, fmt.Errorf("create sandbox: %w", err)
 	}
