@@ -30,9 +30,10 @@ func (c *ControlPlane) List(ctx context.Context, teamID string, f store.Filter) 
 	return c.boxes.List(ctx, f)
 }
 
-// CountRunning returns how many of the team's sandboxes run.
-func (c *ControlPlane) CountRunning(ctx context.Context, teamID string) (int, error) {
-	return c.boxes.Count(ctx, store.Filter{TeamID: teamID, States: []sandbox.State{sandbox.Running}})
+// Count returns how many of the team's sandboxes the filter picks.
+func (c *ControlPlane) Count(ctx context.Context, teamID string, f store.Filter) (int, error) {
+	f.TeamID = teamID
+	return c.boxes.Count(ctx, f)
 }
 
 // A Metric is one measurement of a sandbox. Sizes are in bytes.
