@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -97,6 +98,7 @@ func Environment(dataDir string) (Credentials, error) {
 		file.APIKey = env.APIKey
 	}
 	if env.APIURL == "" || env.APIURL == file.APIURL {
+		file.SandboxURL = cmp.Or(file.SandboxURL, file.APIURL)
 		return file, nil
 	}
 	// The variables name another platform than the file: its key is not for them.

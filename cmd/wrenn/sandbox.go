@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn/wrenn/internal/client"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+func newSandboxCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "sandbox",
+		Aliases: []string{"sb"},
+		Short:   "Create, list, use and end sandboxes",
+		Long: `Create, list, use and end sandboxes.
+
+A sandbox is named by its id or by the beginning of it, as long as that fits only
+one.`,
+		Args: cobra.ArbitraryArgs,
+		RunE: runGroup,
+	}
+	cmd.AddCommand(
+		newSandboxListCmd(),
+		newSandboxCreateCmd(),
+		newSandboxInfoCmd(),
+		newSandboxExecCmd(),
+		newSandboxShellCmd(),
+		newSandboxKillCmd(),
+		newSandboxCopyCmd(),
+	)
+	return cmd
+}
+
+// findSandbox returns the sandbox with the given id or unambiguous prefix of one.
+func findSandbox(ctx context.Context, c *client.Client, prefix string) (client.Info, error) {
+	id, err := findSandboxID(ctx, c, prefix)
+	if err != nil {
+		return client.Info{}, err
+	}
+	info, err := c.Get(ctx, id)
+	if err != nil {
+		return client.Info{}, noSandbox(id, err)
+	}
+	return info, nil
+}
+
+// findSandboxID makes a whole id of a prefix. One that is whole already is not
+// looked up.
+func findSandboxID(ctx context.Context, c *client.Client, prefix string) (string, error) {
+	if prefix == "" || strings.Trim(prefix, "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
+		return "", usageErrorf("%q is not a sandbox id: `wrenn sandbox ls` shows them", prefix)
+	}
+	if len(prefix) >= sandbox.IDLength {
+		return prefix, nil
+	}
+	all, err := c.ListAll(ctx, client.ListQuery{})
+	if err != nil {
+		return "", err
+	}
+	var matches []string
+	for _, info := range all {
+		if strings.HasPrefix(info.SandboxID, prefix) {
+			matches = append(matches, info.SandboxID)
+		}
+	}
+	switch len(matches) {
+	case 0:
+		return "", noSandbox(prefix, sandbox.ErrNotFound)
+	case 1:
+		return matches[0], nil
+	}
+	return "", fmt.Errorf("several sandboxes begin with %s: %s", prefix, strings.Join(matches, ", "))
+}
+
+// noSandbox words a not-found error; others it leaves as they are.
+func noSandbox(id string, err error) error {
+	if kind := sandbox.Kind(err); kind != sandbox.ErrNotFound {
+		return err
+	}
+	return &sandbox.Error{Kind: sandbox.ErrNotFound, Message: "no sandbox " + id + ": `wrenn sandbox ls` shows those there are"}
+}
+
+// parsePairs reads KEY=VALUE.
+func parsePairs(flag string, list []string) (map[string]string, error) {
+	pairs := make(map[string]string)
+	for _, item := range list {
+		key, value, ok := strings.Cut(item, "=")
+		if !ok || key == "" {
+			return nil, usageErrorf("%s %q: want KEY=VALUE", flag, item)
+		}
+		pairs[key] = value
+	}
+	return pairs, nil
+}
+
+// printTable writes rows of cells in columns. Cells come from other people:
+// characters that would steer a terminal are shown as escapes.
+func printTable(w io.Writer, rows [][]string) error {
+	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+	for _, row := range rows {
+		for i, cell := range row {
+			if i > 0 {
+				fmt.Fprint(table, "\t")
+			}
+			fmt.Fprint(table, printable(cell))
+		}
+		fmt.Fprintln(table)
+	}
+	return table.Flush()
+}
+
+// printable returns s without anything that a terminal takes as a command.
+func printable(s string) string {
+	quoted := fmt.Sprintf("%+q", s)
+	if quoted == `"`+s+`"` {
+		return s
+	}
+	clean := fmt.Sprintf("%q", s)
+	return strings.ReplaceAll(strings.ReplaceAll(clean[1:len(clean)-1], `\"`, `"`), `\\`, `\`)
+}

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func newSandboxInfoCmd() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "info ID",
+		Short: "Describe a sandbox",
+		Args:  idArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := connect(cmd)
+			if err != nil {
+				return err
+			}
+			info, err := findSandbox(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), info)
+			}
+			return printTable(cmd.OutOrStdout(), [][]string{
+				{"id", info.SandboxID},
+				{"template", info.TemplateID},
+				{"alias", info.Alias},
+				{"state", info.State},
+				{"cpus", fmt.Sprint(info.CPUCount)},
+				{"memory", fmt.Sprintf("%d MiB", info.MemoryMB)},
+				{"disk", fmt.Sprintf("%d MiB", info.DiskSizeMB)},
+				{"started", info.StartedAt.Format(time.RFC3339)},
+				{"ends", info.EndAt.Format(time.RFC3339)},
+				{"envd", info.EnvdVersion},
+				{"metadata", joinPairs(info.Metadata)},
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, access token included")
+	return cmd
+}
+
+// idArgs checks that there is one id.
+func idArgs(_ *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return usageErrorf("want the id of one sandbox, got %d arguments", len(args))
+	}
+	return nil
+}
