@@ -99,21 +99,25 @@ func (c *ControlPlane) reconcileLoop(ctx context.Context, wg *sync.WaitGroup) {
 	tick := time.NewTicker(reconcileGap)
 	defer tick.Stop()
 	for {
+		connected := false
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		case <-c.reconcileNow:
+			connected = true
 		}
-		if err := c.reconcile(ctx, wg); err != nil && ctx.Err() == nil {
+		if err := c.reconcile(ctx, wg, connected); err != nil && ctx.Err() == nil {
 			c.log.Warn("reconcile with the host agent", "err", err)
 		}
 	}
 }
 
 // reconcile finishes or undoes what a crash or an outage cut off, so that the
-// records and the agent agree. What this process is working on is left alone.
-func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup) error {
+// records and the agent agree. What this process is working on is left alone. An
+// agent that was just connected to also gets the access tokens that it does not
+// keep.
+func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connected bool) error {
 	// Records first: what runs by its record and is not on the agent afterwards
 	// has ended meanwhile or is lost; the transition tells which.
 	records, err := c.boxes.List(ctx, store.Filter{HostID: c.cfg.HostID, States: []sandbox.State{
@@ -136,7 +140,10 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup) error 
 		case b.State == sandbox.Running && sandbox.State(s.GetState()).Final():
 			err = errors.Join(err, ignoreLost(c.fail(ctx, b.ID, b.State, endReason(s), s.GetChangedAt().AsTime())))
 		case b.State == sandbox.Running:
-			c.follows(ctx, b, s)
+			c.follows(b, s)
+			if connected {
+				err = errors.Join(err, c.giveToken(ctx, b))
+			}
 		case b.State == sandbox.Stopping:
 			c.endInBackground(ctx, wg, b.ID, outcome{state: sandbox.Stopped, reason: b.Reason})
 		default: // Pending, Starting: its creator never learned the id
@@ -215,7 +222,7 @@ func (c *ControlPlane) stopOrphans(ctx context.Context, wg *sync.WaitGroup, have
 }
 
 // follows corrects where a running sandbox is reached, should that have changed.
-func (c *ControlPlane) follows(ctx context.Context, b sandbox.Sandbox, s *hostagent.SandboxStatus) {
+func (c *ControlPlane) follows(b sandbox.Sandbox, s *hostagent.SandboxStatus) {
 	addr, err := netip.ParseAddr(s.GetAddress())
 	if err != nil || s.GetAddress() == b.Address {
 		return
@@ -226,6 +233,21 @@ func (c *ControlPlane) follows(ctx context.Context, b sandbox.Sandbox, s *hostag
 	}
 	c.live.mu.Unlock()
 	c.log.Info("sandbox is reached elsewhere now", "sandbox", b.ID, "address", addr)
+}
+
+// giveToken tells the agent the token of a sandbox that it may have taken over
+// from an earlier agent.
+func (c *ControlPlane) giveToken(ctx context.Context, b sandbox.Sandbox) error {
+	if !b.Spec.Secured {
+		return nil
+	}
+	_, err := c.cfg.Agent.SetAccessToken(ctx, &hostagent.SetAccessTokenRequest{
+		SandboxId: string(b.ID), AccessToken: c.AccessToken(b.ID),
+	})
+	if err != nil {
+		return ignoreLost(agentError("give access token to host agent", err))
+	}
+	return nil
 }
 
 func (c *ControlPlane) endInBackground(ctx context.Context, wg *sync.WaitGroup, id sandbox.ID, o outcome) {
