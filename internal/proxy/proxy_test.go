@@ -69,6 +69,8 @@ type world struct {
 	addr  string // of the proxy
 	http1 *http.Client
 	http2 *http.Client // prior knowledge
+
+	handlers sync.WaitGroup // of the proxy, running
 }
 
 func newWorld(t testing.TB) *world {
@@ -81,7 +83,11 @@ func newWorld(t testing.TB) *world {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	front := httptest.NewUnstartedServer(w.proxy)
+	front := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w.handlers.Add(1)
+		defer w.handlers.Done()
+		w.proxy.ServeHTTP(rw, r)
+	}))
 	front.Config.Protocols = &protocols
 	front.Start()
 	w.url, w.addr = front.URL, front.Listener.Addr().String()
@@ -98,6 +104,18 @@ func newWorld(t testing.TB) *world {
 		front.Close()
 	})
 	return w
+}
+
+// waitIdle waits until the proxy works on no request any more.
+func (w *world) waitIdle(t testing.TB) {
+	t.Helper()
+	idle := make(chan struct{})
+	go func() { w.handlers.Wait(); close(idle) }()
+	select {
+	case <-idle:
+	case <-time.After(10 * time.Second):
+		t.Fatal("a handler of the proxy is still running after 10 s")
+	}
 }
 
 // clients are the HTTP versions that a client may come with.
