@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn/wrenn/internal/doctor"
+	"github.com/wrenn/wrenn/internal/runtime/gvisor"
+)
+
+func newDoctorCmd() *cobra.Command {
+	var (
+		listen string
+		asJSON bool
+	)
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check that this host has what the platform needs",
+		Long: `Check that this host has what the platform needs. Where it is possible the thing
+itself is tried: namespaces, address translation, a sandbox. Nothing is changed.
+
+It exits with 1 when something is missing without which sandboxes cannot run.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			opts := doctor.Options{DataDir: dataFlag(cmd), Listen: listen, Runtime: tryRuntime}
+			var err error
+			if opts.DataDir, err = filepath.Abs(opts.DataDir); err != nil {
+				return err
+			}
+			// What cannot be asked (the directory is not there) does not run.
+			opts.Running, _ = locked(dataDir(opts.DataDir))
+			results := doctor.Check(cmd.Context(), opts)
+			if asJSON {
+				err = printJSON(cmd.OutOrStdout(), results)
+			} else {
+				err = printDiagnosis(cmd.OutOrStdout(), results)
+			}
+			if err != nil {
+				return err
+			}
+			if doctor.Worst(results) == doctor.Fail {
+				return &exitError{code: exitFailed}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&listen, "listen", defaultListen, "address that the platform is to listen on")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	return cmd
+}
+
+// tryRuntime runs a sandbox with the runtime in a directory that is removed
+// afterwards.
+func tryRuntime(ctx context.Context) (err error) {
+	dir, err := os.MkdirTemp("", "wrenn-doctor-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	binary, err := gvisor.InstallBinary(filepath.Join(dir, "bin"))
+	if err != nil {
+		return err
+	}
+	runtime, err := gvisor.New(gvisor.Config{
+		Binary: binary, Root: filepath.Join(dir, "runsc"), Tag: dataDir(dir).tag(), Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		return err
+	}
+	return runtime.Probe(ctx)
+}
+
+func printDiagnosis(w io.Writer, results []doctor.Result) error {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, r := range results {
+		fmt.Fprintf(table, "%s\t%s\t%s\n", r.Verdict, r.Name, r.Detail)
+		if r.Remedy != "" {
+			fmt.Fprintf(table, "\t\t→ %s\n", r.Remedy)
+		}
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	verdict := map[doctor.Verdict]string{
+		doctor.OK:   "This host has everything.",
+		doctor.Warn: "Sandboxes can run here, with the drawbacks above.",
+		doctor.Fail: "Sandboxes cannot run here before what failed is mended.",
+	}[doctor.Worst(results)]
+	_, err := fmt.Fprintln(w, "\n"+verdict)
+	return err
+}
