@@ -23,7 +23,7 @@ const (
 	// that they never send a request on one that is just being closed here.
 	idleTimeout    = 620 * time.Second
 	maxHeaderBytes = 256 << 10
-	defaultGrace = 500 * time.Millisecond
+	defaultGrace   = 500 * time.Millisecond
 
 	// HTTP/2. A stream whose receiver does not read keeps its window's worth of
 	// the connection's window. The connection's is 128 times a stream's, so that
