@@ -240,3 +240,24 @@ func (b *box) gone(t testing.TB, limit time.Duration) string {
 func byPID(pid uint32) *process.ProcessSelector {
 	return &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: pid}}
 }
+
+// fetch gets a path from a server in the sandbox through the data plane.
+func (b *box) fetch(port int, path string) (int, string) {
+	b.p.t.Helper()
+	req, err := http.NewRequest("GET", b.p.url+path, nil)
+	if err != nil {
+		b.p.t.Fatal(err)
+	}
+	req.Header.Set("E2b-Sandbox-Id", b.id)
+	req.Header.Set("E2b-Sandbox-Port", fmt.Sprint(port))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return resp.StatusCode, err.Error()
+	}
+	return resp.StatusCode, string(body)
+}

@@ -98,6 +98,12 @@ func (p *platform) adjustBase(rootfs string, changes map[string]any) {
 // waits until it serves.
 func (p *platform) start() {
 	p.t.Helper()
+	p.startAt("http://" + p.listen)
+}
+
+// startAt is start for a platform whose own clients reach it at url.
+func (p *platform) startAt(url string) {
+	p.t.Helper()
 	log, err := os.OpenFile(p.log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		p.t.Fatal(err)
@@ -112,7 +118,7 @@ func (p *platform) start() {
 	exited := make(chan struct{})
 	p.cmd, p.exited = cmd, exited
 	go func() { defer close(exited); cmd.Wait() }()
-	p.url = "http://" + p.listen
+	p.url = url
 	eventually(p.t, 60*time.Second, "platform serves", func() error {
 		select {
 		case <-exited:
@@ -219,9 +225,26 @@ func (p *platform) environ(more ...string) []string {
 	return append(env, append([]string{"E2B_API_URL=" + p.url, "E2B_SANDBOX_URL=" + p.url, "E2B_API_KEY=" + p.key}, more...)...)
 }
 
+// with is the platform for a subtest, whose failures are then its own.
+func (p *platform) with(t testing.TB) *platform {
+	c := *p
+	c.t = t
+	return &c
+}
+
 // api makes a call of the control API and returns status and body.
 func (p *platform) api(method, path string, body any) (int, []byte) {
 	p.t.Helper()
+	status, answer, err := p.request(method, path, body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return status, answer
+}
+
+// request is api for goroutines that must not end the test. A body that is a
+// string is sent as it is, anything else as JSON.
+func (p *platform) request(method, path string, body any) (int, []byte, error) {
 	var r io.Reader
 	switch b := body.(type) {
 	case nil:
@@ -230,26 +253,23 @@ func (p *platform) api(method, path string, body any) (int, []byte) {
 	default:
 		encoded, err := json.Marshal(b)
 		if err != nil {
-			p.t.Fatal(err)
+			return 0, nil, err
 		}
 		r = bytes.NewReader(encoded)
 	}
 	req, err := http.NewRequest(method, p.url+path, r)
 	if err != nil {
-		p.t.Fatal(err)
+		return 0, nil, err
 	}
 	req.Header.Set("X-API-Key", p.key)
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		p.t.Fatalf("%s %s: %v", method, path, err)
+		return 0, nil, err
 	}
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(resp.Body)
-	if err != nil {
-		p.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return resp.StatusCode, answer
+	return resp.StatusCode, answer, err
 }
 
 // running returns the ids of the sandboxes that the API lists.
