@@ -103,6 +103,7 @@ func newRootCmd() *cobra.Command {
 		newRunCmd(),
 		newSandboxCmd(),
 		newEnvCmd(),
+		newDoctorCmd(),
 		newBenchCmd(),
 		newVersionCmd(),
 	)
