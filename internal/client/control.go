@@ -113,7 +113,7 @@ func (c *Client) List(ctx context.Context, q ListQuery) (page []Info, next strin
 		// E2B's clients send it.
 		pairs := url.Values{}
 		for k, v := range q.Metadata {
-			pairs.Set(url.PathEscape(k), url.PathEscape(v))
+			pairs.Set(escape(k), escape(v))
 		}
 		values.Set("metadata", pairs.Encode())
 	}
@@ -199,6 +199,10 @@ func (c *Client) Logs(ctx context.Context, id string, limit int) ([]LogEntry, er
 	_, err := c.call(ctx, "get logs", http.MethodGet, "/v2/sandboxes/"+url.PathEscape(id)+"/logs?"+values.Encode(), nil, &answer)
 	return answer.Logs, err
 }
+
+// escape makes s safe for a query; spaces become %20, which survive being decoded
+// by rules of paths as well.
+func escape(s string) string { return strings.ReplaceAll(url.QueryEscape(s), "+", "%20") }
 
 // seconds rounds up: a time to live of 1.5 s must not end after one.
 func seconds(d time.Duration) int64 {

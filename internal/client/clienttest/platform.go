@@ -1,0 +1,337 @@
+// Package clienttest is a platform for tests of clients: a small control API, and
+// for each sandbox a real guest agent on the loopback whose programs run on the
+// test's own machine. Nothing is isolated.
+package clienttest
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/wrenn/wrenn/api/proto/process"
+	"github.com/wrenn/wrenn/internal/client"
+	"github.com/wrenn/wrenn/internal/envd"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// APIKey is the key that the platform accepts.
+const APIKey = "e2b_0123456789abcdef0123456789abcdef01234567"
+
+// Platform serves control API and data plane on one port.
+type Platform struct {
+	URL      string
+	PageSize int // of lists; zero: 100
+
+	t         testing.TB
+	mu        sync.Mutex
+	sandboxes map[string]*guest
+	killed    []string
+	requests  []string // "METHOD path body" of the control API
+}
+
+// guest is one sandbox.
+type guest struct {
+	info  client.Info
+	url   *url.URL
+	proxy *httputil.ReverseProxy
+	stop  func()
+}
+
+// New starts a platform that ends with the test.
+func New(t testing.TB) *Platform {
+	p := &Platform{t: t, sandboxes: make(map[string]*guest)}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /v2/sandboxes", p.create)
+	mux.HandleFunc("GET /v2/sandboxes", p.list)
+	mux.HandleFunc("GET /sandboxes/{id}", p.get)
+	mux.HandleFunc("DELETE /sandboxes/{id}", p.kill)
+	mux.HandleFunc("POST /sandboxes/{id}/timeout", p.timeout)
+	mux.HandleFunc("POST /sandboxes/{id}/refreshes", p.timeout)
+	mux.HandleFunc("POST /v2/sandboxes/{id}/connect", p.get)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("E2b-Sandbox-Id") != "" {
+			p.forward(w, r)
+			return
+		}
+		p.mu.Lock()
+		p.requests = append(p.requests, r.Method+" "+r.URL.RequestURI())
+		p.mu.Unlock()
+		if r.Header.Get("X-API-Key") != APIKey {
+			fail(w, http.StatusUnauthorized, "invalid API key")
+			return
+		}
+		mux.ServeHTTP(w, r)
+	}))
+	p.URL = server.URL
+	t.Cleanup(func() {
+		p.KillAll()
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return p
+}
+
+// Client returns a client of the platform.
+func (p *Platform) Client() *client.Client {
+	c, err := client.New(client.Config{APIURL: p.URL, APIKey: APIKey})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(c.Close)
+	return c
+}
+
+// Running returns the ids of the sandboxes there are.
+func (p *Platform) Running() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	ids := []string{}
+	for id := range p.sandboxes {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// Killed returns the ids of the sandboxes that were ended by a client.
+func (p *Platform) Killed() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.killed)
+}
+
+// Requests returns what the control API was asked: "METHOD path?query".
+func (p *Platform) Requests() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.requests)
+}
+
+// KillAll ends all sandboxes as if their time was up.
+func (p *Platform) KillAll() {
+	for _, id := range p.Running() {
+		p.remove(id)
+	}
+}
+
+func (p *Platform) remove(id string) bool {
+	p.mu.Lock()
+	g := p.sandboxes[id]
+	delete(p.sandboxes, id)
+	p.mu.Unlock()
+	if g == nil {
+		return false
+	}
+	g.stop()
+	return true
+}
+
+func (p *Platform) create(w http.ResponseWriter, r *http.Request) {
+	var body struct {
+		TemplateID string            `json:"templateID"`
+		Timeout    int64             `json:"timeout"`
+		Metadata   map[string]string `json:"metadata"`
+		EnvVars    map[string]string `json:"envVars"`
+	}
+	if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+		fail(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	if body.TemplateID != "base" {
+		fail(w, http.StatusNotFound, fmt.Sprintf("template '%s' not found", body.TemplateID))
+		return
+	}
+	now := time.Now()
+	info := client.Info{
+		SandboxID: string(sandbox.NewID()), TemplateID: "base", Alias: "base", ClientID: "test",
+		State: "running", StartedAt: now, EndAt: now.Add(time.Duration(cmp.Or(body.Timeout, 300)) * time.Second),
+		CPUCount: 2, MemoryMB: 512, DiskSizeMB: 1024, Metadata: body.Metadata, EnvdVersion: envd.Version,
+		EnvdAccessToken: "token-" + string(sandbox.NewID()),
+	}
+	g, err := startGuest(info, body.EnvVars)
+	if err != nil {
+		fail(w, http.StatusInternalServerError, err.Error())
+		return
+	}
+	p.mu.Lock()
+	p.sandboxes[info.SandboxID] = g
+	p.mu.Unlock()
+	answer(w, http.StatusCreated, info)
+}
+
+// startGuest starts a guest agent and gives it its token, as a host does.
+func startGuest(info client.Info, env map[string]string) (*guest, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan struct{})
+	agent := envd.New(envd.Config{})
+	go func() {
+		defer close(served)
+		_ = agent.Serve(ctx, listener)
+	}()
+	u := &url.URL{Scheme: "http", Host: listener.Addr().String()}
+	proxy := httputil.NewSingleHostReverseProxy(u)
+	proxy.FlushInterval = -1
+	transport := &http.Transport{}
+	proxy.Transport = transport
+	g := &guest{info: info, url: u, proxy: proxy, stop: func() {
+		pids := processes(info, u)
+		cancel() // breaks the streams off, rather than have them report the end of a process
+		<-served
+		transport.CloseIdleConnections()
+		for _, pid := range pids {
+			_ = syscall.Kill(-pid, syscall.SIGKILL)
+		}
+	}}
+	body, _ := json.Marshal(map[string]any{"accessToken": info.EnvdAccessToken, "envVars": env})
+	resp, err := http.Post(u.String()+"/init", "application/json", bytes.NewReader(body))
+	if err != nil {
+		g.stop()
+		return nil, err
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		g.stop()
+		return nil, fmt.Errorf("init: %s", resp.Status)
+	}
+	return g, nil
+}
+
+// processes returns the pids of what runs in the sandbox.
+func processes(info client.Info, u *url.URL) []int {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	c, err := client.New(client.Config{APIURL: u.String()})
+	if err != nil {
+		return nil
+	}
+	defer c.Close()
+	s := c.Sandbox(info)
+	list, err := s.Processes().List(s.Context(ctx, ""), &process.ListRequest{})
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, running := range list.GetProcesses() {
+		pids = append(pids, int(running.GetPid()))
+	}
+	return pids
+}
+
+func (p *Platform) find(id string) *guest {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.sandboxes[id]
+}
+
+func (p *Platform) get(w http.ResponseWriter, r *http.Request) {
+	g := p.find(r.PathValue("id"))
+	if g == nil {
+		fail(w, http.StatusNotFound, "sandbox \""+r.PathValue("id")+"\" doesn't exist or you don't have access to it")
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	answer(w, http.StatusOK, g.info)
+}
+
+func (p *Platform) kill(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	if !p.remove(id) {
+		fail(w, http.StatusNotFound, "sandbox "+id+" not found")
+		return
+	}
+	p.mu.Lock()
+	p.killed = append(p.killed, id)
+	p.mu.Unlock()
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (p *Platform) timeout(w http.ResponseWriter, r *http.Request) {
+	var body struct{ Timeout, Duration int64 }
+	g := p.find(r.PathValue("id"))
+	if g == nil {
+		fail(w, http.StatusNotFound, "sandbox not found")
+		return
+	}
+	if err := json.NewDecoder(r.Body).Decode(&body); err != nil || body.Timeout+body.Duration <= 0 {
+		fail(w, http.StatusBadRequest, "timeout must be positive")
+		return
+	}
+	p.mu.Lock()
+	g.info.EndAt = time.Now().Add(time.Duration(body.Timeout+body.Duration) * time.Second)
+	p.mu.Unlock()
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// list decodes the metadata filter as E2B's servers do: once more than the query.
+func (p *Platform) list(w http.ResponseWriter, r *http.Request) {
+	filter := map[string]string{}
+	raw, err := url.QueryUnescape(r.URL.Query().Get("metadata"))
+	for _, pair := range strings.Split(raw, "&") {
+		if key, value, ok := strings.Cut(pair, "="); ok && err == nil {
+			key, _ = url.QueryUnescape(key)
+			value, _ = url.QueryUnescape(value)
+			filter[key] = value
+		}
+	}
+	p.mu.Lock()
+	all := []client.Info{}
+	for _, g := range p.sandboxes {
+		matches := true
+		for key, value := range filter {
+			matches = matches && g.info.Metadata[key] == value
+		}
+		if matches {
+			info := g.info
+			info.EnvdAccessToken = ""
+			all = append(all, info)
+		}
+	}
+	p.mu.Unlock()
+	slices.SortFunc(all, func(a, b client.Info) int { return b.StartedAt.Compare(a.StartedAt) })
+	offset, _ := strconv.Atoi(r.URL.Query().Get("nextToken"))
+	all = all[min(offset, len(all)):]
+	if size := cmp.Or(p.PageSize, 100); len(all) > size {
+		all = all[:size]
+		w.Header().Set("X-Next-Token", strconv.Itoa(offset+size))
+	}
+	answer(w, http.StatusOK, all)
+}
+
+// forward is the data plane.
+func (p *Platform) forward(w http.ResponseWriter, r *http.Request) {
+	id := r.Header.Get("E2b-Sandbox-Id")
+	g := p.find(id)
+	if g == nil || r.Header.Get("E2b-Sandbox-Port") != "49983" {
+		answer(w, http.StatusBadGateway, map[string]any{"sandboxId": id, "message": "The sandbox was not found", "code": 502})
+		return
+	}
+	g.proxy.ServeHTTP(w, r)
+}
+
+func fail(w http.ResponseWriter, status int, message string) {
+	answer(w, status, map[string]any{"code": status, "message": message})
+}
+
+func answer(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v)
+}
