@@ -114,14 +114,15 @@ func upperLayer(hostname string) ([]byte, error) {
 		name, content string
 		mode          int64
 	}{
-		{"etc/", "", 0o755},
-		{"etc/resolv.conf", fmt.Sprintf("nameserver %s\n", network.GatewayAddr), 0o644},
-		{"etc/hosts", hosts, 0o644},
-		{"etc/hostname", hostname + "\n", 0o644},
+		{"./", "", 0o755}, // runsc wants the root itself and names that start at it
+		{"./etc/", "", 0o755},
+		{"./etc/resolv.conf", fmt.Sprintf("nameserver %s\n", network.GatewayAddr), 0o644},
+		{"./etc/hosts", hosts, 0o644},
+		{"./etc/hostname", hostname + "\n", 0o644},
 		// runsc mounts a tmpfs, taken from the guest's memory, on a /tmp that is
 		// empty. With a directory that programs expect there anyway it is not.
-		{"tmp/", "", 0o1777},
-		{"tmp/.X11-unix/", "", 0o1777},
+		{"./tmp/", "", 0o1777},
+		{"./tmp/.X11-unix/", "", 0o1777},
 	}
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)

@@ -57,8 +57,19 @@ func fatalError(log string) string {
 		if d.Decode(&entry) != nil {
 			return last
 		}
-		last = entry.Msg
+		last = shorten(entry.Msg)
 	}
+}
+
+// shorten makes one line of reasonable length of a message: runsc prints whole
+// structures into some. The cause is at the end.
+func shorten(msg string) string {
+	const most = 200
+	msg = strings.Join(strings.Fields(msg), " ")
+	if len(msg) > 2*most {
+		msg = strings.ToValidUTF8(msg[:most]+" … "+msg[len(msg)-most:], "")
+	}
+	return msg
 }
 
 // crash is the first line of what the sandbox kernel wrote when it crashed, or "".

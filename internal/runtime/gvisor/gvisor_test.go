@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -17,39 +18,43 @@ import (
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
-	"github.com/wrenn/wrenn/internal/runtime/gvisor/runsc"
 	"github.com/wrenn/wrenn/internal/runtime/runtimetest"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// The test binary is its own runsc, as the wrenn binary is.
-func TestMain(m *testing.M) {
-	if runsc.Invoked(os.Args[0]) {
-		runsc.Main()
+// engine is the path of the runsc that the tests execute.
+var engine string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "wrenn-runsc-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
 	}
-	os.Exit(m.Run())
+	defer os.RemoveAll(dir)
+	engine = filepath.Join(dir, "runsc")
+	build := exec.Command("go", "build", "-ldflags=-s -w", "-o", engine, "./runsc/testdata/runsc")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build runsc: %v\n%s", err, out)
+		return 1
+	}
+	return m.Run()
 }
 
 const tag = "7e57"
 
 func TestConformance(t *testing.T) {
 	requireRoot(t)
-	binary := install(t)
-	runtimetest.Run(t, func(t *testing.T) runtimetest.Harness { return harness(t, binary, filepath.Join(t.TempDir(), "runsc")) })
+	runtimetest.Run(t, func(t *testing.T) runtimetest.Harness { return harness(t, filepath.Join(t.TempDir(), "runsc")) })
 }
 
 func requireRoot(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: gVisor is started with namespaces and cgroups")
 	}
-}
-
-func install(t *testing.T) string {
-	binary, err := gvisor.InstallBinary(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return binary
 }
 
 func open(t *testing.T, binary, root string) *gvisor.Runtime {
@@ -65,7 +70,7 @@ func open(t *testing.T, binary, root string) *gvisor.Runtime {
 	return rt
 }
 
-func harness(t *testing.T, binary, root string) runtimetest.Harness {
+func harness(t *testing.T, root string) runtimetest.Harness {
 	t.Cleanup(func() {
 		if err := gvisor.RemoveAll(root, tag); err != nil {
 			t.Error(err)
@@ -88,8 +93,8 @@ func harness(t *testing.T, binary, root string) runtimetest.Harness {
 		network.RemoveAll(context.Background(), tag)
 	})
 	return runtimetest.Harness{
-		Runtime: open(t, binary, root),
-		Reopen:  func(t *testing.T) runtime.Runtime { return open(t, binary, root) },
+		Runtime: open(t, engine, root),
+		Reopen:  func(t *testing.T) runtime.Runtime { return open(t, engine, root) },
 		Slot: func(t *testing.T) *network.Slot {
 			slot, err := pool.Acquire(t.Context(), network.Policy{})
 			if err != nil {
@@ -147,7 +152,7 @@ func leftovers(t *testing.T, root, name string) []string {
 func TestProbeRunsAGuestInUnderASecondAndLeavesNothing(t *testing.T) {
 	requireRoot(t)
 	root := filepath.Join(t.TempDir(), "runsc")
-	rt := open(t, install(t), root)
+	rt := open(t, engine, root)
 	start := time.Now()
 	if err := rt.Probe(t.Context()); err != nil {
 		t.Fatal(err)
@@ -178,7 +183,7 @@ func TestProbeSaysWhyItFails(t *testing.T) {
 }
 
 func TestVersionIsThatOfTheEngineInTheBinary(t *testing.T) {
-	rt, err := gvisor.New(gvisor.Config{Binary: "/proc/self/exe", Root: t.TempDir(), Tag: tag})
+	rt, err := gvisor.New(gvisor.Config{Binary: engine, Root: t.TempDir(), Tag: tag})
 	if err != nil {
 		t.Fatal(err)
 	}

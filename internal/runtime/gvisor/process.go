@@ -7,7 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
-	"time"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,24 +22,40 @@ type process struct {
 // identify gives the process that has this pid now. The error is
 // os.ErrProcessDone when there is none.
 func identify(pid int) (process, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-		return process{}, os.ErrProcessDone
-	}
+	fields, err := readStat(pid)
 	if err != nil {
-		return process{}, fmt.Errorf("identify process %d: %w", pid, err)
+		return process{}, err
 	}
-	// The second field is the program's name in brackets and may hold anything;
-	// the start time is the 22nd field, so the 20th after the last bracket.
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	if len(fields) < 20 {
-		return process{}, fmt.Errorf("identify process %d: stat has %d fields", pid, len(fields)+2)
-	}
-	start, err := strconv.ParseUint(string(fields[19]), 10, 64)
+	start, err := strconv.ParseUint(fields[statStart], 10, 64)
 	if err != nil {
 		return process{}, fmt.Errorf("identify process %d: %w", pid, err)
 	}
 	return process{PID: pid, Start: start}, nil
+}
+
+// Indices into what readStat returns.
+const (
+	statState    = 0  // "Z" once it has ended and is not yet reaped
+	statStart    = 19 // start time
+	statExitCode = 49 // wait status; only a process that has ended has one
+	statFields   = 50
+)
+
+// readStat returns the fields of /proc/PID/stat from the third on. The second is
+// the program's name in brackets and may hold anything, brackets too.
+func readStat(pid int) ([]string, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return nil, os.ErrProcessDone
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read state of process %d: %w", pid, err)
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(fields) < statFields {
+		return nil, fmt.Errorf("read state of process %d: only %d fields", pid, len(fields))
+	}
+	return fields, nil
 }
 
 // handle holds a process by a pidfd, whether it is a child of ours or not.
@@ -66,6 +82,10 @@ func (p process) open() (*handle, error) {
 		h.close()
 		return nil, os.ErrProcessDone
 	}
+	if h.ended() { // but not reaped
+		h.close()
+		return nil, os.ErrProcessDone
+	}
 	return h, nil
 }
 
@@ -81,19 +101,30 @@ func (h *handle) kill() error {
 }
 
 // wait returns when the process has ended (nil) or, with an error, when the
-// handle was closed or its deadline has passed. It takes no thread while it waits.
-func (h *handle) wait() error { return h.poll(unix.POLLIN) }
-
-func (h *handle) poll(events int16) error {
+// handle's deadline has passed. It takes no thread while it waits.
+func (h *handle) wait() error {
 	conn, err := h.pidfd.SyscallConn()
 	if err != nil {
 		return err
 	}
-	return conn.Read(func(fd uintptr) bool {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
-		n, err := unix.Poll(fds, 0)
-		return err == nil && n > 0 && fds[0].Revents&(events|unix.POLLERR) != 0
-	})
+	return conn.Read(readable)
+}
+
+// ended reports whether the process has ended.
+func (h *handle) ended() bool {
+	return h.control(func(fd int) error {
+		if !readable(uintptr(fd)) {
+			return unix.EAGAIN
+		}
+		return nil
+	}) == nil
+}
+
+// readable reports whether a pidfd says that its process has ended.
+func readable(fd uintptr) bool {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n > 0
 }
 
 func (h *handle) control(f func(fd int) error) error {
@@ -108,22 +139,19 @@ func (h *handle) control(f func(fd int) error) error {
 	return ferr
 }
 
-// reapTime is how long the exit status may stay with a parent that is slow to
-// collect it.
-const reapTime = 200 * time.Millisecond
-
-// exitStatus says how an ended process ended; known is false when the host
-// cannot tell (it is no child of ours and the kernel is older than 6.15). A
-// child of ours is reaped by it.
+// exitStatus says how an ended process ended, child of ours or not; a child is
+// reaped by it. known is false when the host does not tell: its parent was
+// faster to reap it and the kernel is older than 6.15.
 func (h *handle) exitStatus() (ws unix.WaitStatus, known bool) {
 	if pid, err := unix.Wait4(h.PID, &ws, unix.WNOHANG, nil); err == nil && pid == h.PID {
 		return ws, true
 	}
-	// The kernel keeps the status with the pidfd once the parent, here the
-	// host's init, has collected it.
-	h.pidfd.SetReadDeadline(time.Now().Add(reapTime))
-	h.poll(unix.POLLHUP)
-	info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
+	if fields, err := readStat(h.PID); err == nil && fields[statState] == "Z" && fields[statStart] == strconv.FormatUint(h.Start, 10) {
+		if code, err := strconv.ParseUint(fields[statExitCode], 10, 32); err == nil {
+			return unix.WaitStatus(code), true
+		}
+	}
+	info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT} // kept with the pidfd from the reaping on
 	err := h.control(func(fd int) error { return unix.IoctlPidfdInfo(fd, &info) })
 	if err != nil || info.Mask&unix.PIDFD_INFO_EXIT == 0 {
 		return 0, false

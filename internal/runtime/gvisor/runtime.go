@@ -317,6 +317,9 @@ func free(ctx context.Context, cgroups hierarchies, root, tag string, id sandbox
 		for _, name := range instanceFiles {
 			paths = append(paths, filepath.Join(dir, name))
 		}
+		// The overlay's file has a name only until runsc has opened it.
+		unnamed, _ := filepath.Glob(filepath.Join(dir, "runsc-filestore-*"))
+		paths = append(paths, unnamed...)
 	}
 	var errs []error
 	for _, path := range paths {
