@@ -41,8 +41,9 @@ type createRequest struct {
 // create makes a sandbox and returns it once its guest agent serves. On failure
 // nothing is left.
 func (a *Agent) create(ctx context.Context, req createRequest) (_ *managed, err error) {
-	rootfs := filepath.Join(a.cfg.Templates, req.buildID, "rootfs")
-	if fi, err := os.Stat(rootfs); err != nil || !fi.IsDir() {
+	// Runtimes refuse to mount through links, which the operator may have made.
+	rootfs, err := filepath.EvalSymlinks(filepath.Join(a.cfg.Templates, req.buildID, "rootfs"))
+	if fi, serr := os.Stat(rootfs); err != nil || serr != nil || !fi.IsDir() {
 		return nil, sandbox.Errorf(sandbox.ErrNotFound, "template build %q is not on this host", req.buildID)
 	}
 	if err := a.admit(); err != nil {
