@@ -39,7 +39,7 @@ func hostRoutes(tag string) (routes []hostRoute, held netip.Prefix, err error) {
 		return nil, held, err
 	}
 	defer h.Close()
-	links, err := h.LinkList()
+	links, err := dump(h.LinkList)
 	if err != nil {
 		return nil, held, fmt.Errorf("list links: %w", err)
 	}
@@ -47,7 +47,9 @@ func hostRoutes(tag string) (routes []hostRoute, held netip.Prefix, err error) {
 	for _, l := range links {
 		names[l.Attrs().Index] = l.Attrs().Name
 	}
-	list, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	list, err := dump(func() ([]netlink.Route, error) {
+		return h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
 	if err != nil {
 		return nil, held, fmt.Errorf("list routes: %w", err)
 	}

@@ -86,16 +86,14 @@ func hasHostTable(tag string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	_, err = c.ListTableOfFamily(tableName(tag), nftables.TableFamilyINet)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
 	if err != nil {
-		return false, fmt.Errorf("list nftables tables: %w", err)
+		return false, fmt.Errorf("look for nftables table %s: %w", tableName(tag), err)
 	}
-	for _, t := range tables {
-		if t.Name == tableName(tag) {
-			return true, nil
-		}
-	}
-	return false, nil
+	return true, nil
 }
 
 // warnOfForwardDrop looks for what would keep sandboxes off the internet

@@ -57,7 +57,7 @@ func named(tag string) (namespaces, links []string, err error) {
 			namespaces = append(namespaces, e.Name())
 		}
 	}
-	all, err := netlink.LinkList()
+	all, err := dump(netlink.LinkList)
 	if err != nil {
 		return nil, nil, fmt.Errorf("list links: %w", err)
 	}
@@ -67,6 +67,18 @@ func named(tag string) (namespaces, links []string, err error) {
 		}
 	}
 	return namespaces, links, nil
+}
+
+// dump lists again where the kernel's list changed while it was read: others on
+// the host make and remove links and routes at any time.
+func dump[T any](list func() ([]T, error)) (out []T, err error) {
+	for range 100 {
+		out, err = list()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return out, err
 }
 
 // indexes lists the slots of which anything is on the host, in order.

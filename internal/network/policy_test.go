@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -108,6 +109,21 @@ func TestOperatorsRangesReplaceAndOverruleTheDenied(t *testing.T) {
 	blocked(t, g, "tcp", other.HostAddr.String()+":8000") // though no range denies it
 }
 
+func TestWhatTheOperatorAllowsIsNeverTheHostOrASlot(t *testing.T) {
+	tag := newTag(t)
+	outside := buildOutside(t, tag)
+	serve(t, outside, "tcp", privateAddr+":80")
+	serve(t, 0, "tcp", "0.0.0.0:18931")
+	p := openPool(t, Config{Tag: tag, Allow: prefixes("0.0.0.0/0")})
+	s := acquire(t, p, Policy{AllowInternet: true})
+	other := acquire(t, p, Policy{AllowInternet: true})
+	g := guest(t, s)
+	serve(t, guest(t, other), "tcp", "0.0.0.0:8000")
+	answers(t, g, "tcp", privateAddr+":80")
+	blocked(t, g, "tcp", other.HostAddr.String()+":8000")
+	blocked(t, g, "tcp", "10.253.7.1:18931")
+}
+
 func TestWithoutInternetOnlyAnswersLeave(t *testing.T) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
@@ -155,8 +171,8 @@ func TestSetPolicyAppliesToOpenConnections(t *testing.T) {
 	if err := p.SetPolicy(t.Context(), s, Policy{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := out.ask(blockedAfter); err == nil {
-		t.Error("a connection opened before still works without internet")
+	if _, err := out.ask(5 * time.Second); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("a connection opened before: %v, want it reset", err)
 	}
 	blocked(t, g, "tcp", publicAddr+":80")
 	if _, err := into.ask(time.Second); err != nil {
@@ -169,6 +185,48 @@ func TestSetPolicyAppliesToOpenConnections(t *testing.T) {
 	answers(t, g, "tcp", publicAddr+":80")
 	if _, err := into.ask(time.Second); err != nil {
 		t.Errorf("the host's connection into the guest: %v", err)
+	}
+}
+
+func TestSetPolicyStopsWhatTheInternetSends(t *testing.T) {
+	tag := newTag(t)
+	outside := buildOutside(t, tag)
+	p := openPool(t, Config{Tag: tag})
+	s := acquire(t, p, Policy{AllowInternet: true})
+	var server net.PacketConn
+	err := inside(outside, func() (err error) {
+		server, err = net.ListenPacket("udp", publicAddr+":9")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	c, err := dial(guest(t, s), "udp", publicAddr+":9", time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 64)
+	server.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_, from, err := server.ReadFrom(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, allow := range []bool{true, false, true} {
+		if err := p.SetPolicy(t.Context(), s, Policy{AllowInternet: allow}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := server.WriteTo([]byte("news"), from); err != nil {
+			t.Fatal(err)
+		}
+		c.SetReadDeadline(time.Now().Add(blockedAfter))
+		if _, err := c.Read(b); (err == nil) != allow {
+			t.Errorf("with internet %v, reading what the server sent: %v", allow, err)
+		}
 	}
 }
 

@@ -120,7 +120,10 @@ func (p *Pool) setUpHost(ctx context.Context, inUse []int) error {
 	if err := holdRange(p.cfg.Tag, cidr); err != nil {
 		return err
 	}
-	return warnOfForwardDrop(p.cfg.Tag, p.log)
+	if err := warnOfForwardDrop(p.cfg.Tag, p.log); err != nil {
+		p.log.Warn("cannot see whether another firewall keeps sandboxes off the internet", "error", err)
+	}
+	return nil
 }
 
 // sweep adopts the slots of inUse and removes all others of the tag.
@@ -164,7 +167,7 @@ func adoptSlot(tag string, i int) (*Slot, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find link %s: %w", linkName(tag, i), err)
 	}
-	addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
+	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", linkName(tag, i), err)
 	}

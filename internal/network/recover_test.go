@@ -201,3 +201,38 @@ func TestBadTagsAreRefused(t *testing.T) {
 		}
 	}
 }
+
+func TestListsAreWholeWhileOthersChangeTheHost(t *testing.T) {
+	tag, otherTag := newTag(t), newTag(t)
+	p, other := openPool(t, Config{Tag: tag}), openPool(t, Config{Tag: otherTag})
+	acquire(t, p, Policy{})
+	want := len(leftovers(t, tag))
+	stop := make(chan struct{})
+	var churn sync.WaitGroup
+	for range 2 {
+		churn.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				s, err := other.Acquire(t.Context(), Policy{AllowInternet: true})
+				if err == nil {
+					err = other.Release(t.Context(), s)
+				}
+				if err != nil {
+					t.Errorf("churn: %v", err)
+					return
+				}
+			}
+		})
+	}
+	for range 300 {
+		if got := leftovers(t, tag); len(got) != want {
+			t.Errorf("listed %v, want %d things", got, want)
+		}
+	}
+	close(stop)
+	churn.Wait()
+}

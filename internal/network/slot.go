@@ -71,7 +71,6 @@ func setUpHostEnd(h *netlink.Handle, tag string, s *Slot, nat netns.NsHandle) (n
 	for _, v := range [][2]string{
 		{"ipv6/conf/" + name + "/disable_ipv6", "1"},
 		{"ipv4/conf/" + name + "/accept_redirects", "0"},
-		{"ipv4/conf/" + name + "/rp_filter", "1"},
 	} {
 		if err := writeSysctl(v[0], v[1]); err != nil {
 			return nil, err
