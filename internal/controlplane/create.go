@@ -60,13 +60,12 @@ func (c *ControlPlane) Create(ctx context.Context, teamID string, req CreateRequ
 	if err := c.boxes.Insert(context.WithoutCancel(ctx), b); err != nil {
 		return sandbox.Sandbox{}, fmt.Errorf("record sandbox: %w", err)
 	}
-	if err := c.start(rpcCtx, &b, tpl); err != nil {
-		finish()
-		return sandbox.Sandbox{}, c.abandon(ctx, b, err)
+	err = c.start(rpcCtx, &b, tpl)
+	if err == nil && ctx.Err() != nil {
+		err = fmt.Errorf("create sandbox: %w", ctx.Err())
 	}
-	if ctx.Err() != nil {
-		finish()
-		return sandbox.Sandbox{}, c.abandon(ctx, b, fmt.Errorf("create sandbox: %w", ctx.Err()))
+	if err != nil {
+		return sandbox.Sandbox{}, c.abandon(ctx, b, err, finish)
 	}
 	c.expiry.changed(b.Ends)
 	return b, nil
@@ -110,8 +109,10 @@ func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, tpl store.
 	return nil
 }
 
-// abandon tears a failed create down and returns what its caller is told.
-func (c *ControlPlane) abandon(ctx context.Context, b sandbox.Sandbox, cause error) error {
+// abandon tears a failed create down and returns what its caller is told. It
+// calls created once the teardown is in somebody's hands: a sandbox in transition
+// that nobody is working on is taken for the rest of a crash.
+func (c *ControlPlane) abandon(ctx context.Context, b sandbox.Sandbox, cause error, created func()) error {
 	reason, public := sandbox.Message(cause)
 	if !public {
 		reason = "the host could not start it"
@@ -119,7 +120,11 @@ func (c *ControlPlane) abandon(ctx context.Context, b sandbox.Sandbox, cause err
 	if ctx.Err() != nil {
 		reason = "its creator went away while it was being created"
 	}
-	err := c.end(context.WithoutCancel(ctx), b.ID, outcome{state: sandbox.Failed, reason: "create failed: " + reason})
+	finish, err := c.claimEnd(context.WithoutCancel(ctx), b.ID, outcome{state: sandbox.Failed, reason: "create failed: " + reason})
+	created()
+	if err == nil {
+		err = finish()
+	}
 	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
 		c.log.Error("tear down sandbox of failed create", "sandbox", b.ID, "err", err)
 	}

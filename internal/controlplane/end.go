@@ -17,7 +17,8 @@ import (
 type outcome struct {
 	state    sandbox.State // Stopped or Failed
 	reason   string
-	ifEndsBy time.Time // only if its time to live is over by then; zero: whatever
+	from     sandbox.State // only if it is in this state; empty: whatever
+	ifEndsBy time.Time     // only if its time to live is over by then; zero: whatever
 }
 
 // Kill ends the team's sandbox in whatever state it is, and returns when nothing
@@ -79,6 +80,9 @@ func (c *ControlPlane) moveToStopping(ctx context.Context, id sandbox.ID, o outc
 		}
 		if b.State.Final() {
 			return errGone(b)
+		}
+		if o.from != "" && b.State != o.from {
+			return sandbox.Errorf(sandbox.ErrConflict, "sandbox %q is %s", id, b.State)
 		}
 		if b.State == sandbox.Stopping {
 			return nil

@@ -145,9 +145,11 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 				err = errors.Join(err, c.giveToken(ctx, b))
 			}
 		case b.State == sandbox.Stopping:
-			c.endInBackground(ctx, wg, b.ID, outcome{state: sandbox.Stopped, reason: b.Reason})
+			c.endInBackground(ctx, wg, b.ID, outcome{state: sandbox.Stopped, reason: b.Reason, from: b.State})
 		default: // Pending, Starting: its creator never learned the id
-			c.endInBackground(ctx, wg, b.ID, outcome{state: sandbox.Failed, reason: "create failed: the control plane restarted meanwhile"})
+			c.endInBackground(ctx, wg, b.ID, outcome{
+				state: sandbox.Failed, reason: "create failed: the control plane restarted meanwhile", from: b.State,
+			})
 		}
 	}
 	return errors.Join(err, c.declareLost(ctx, missing), c.stopOrphans(ctx, wg, have))
@@ -252,8 +254,8 @@ func (c *ControlPlane) giveToken(ctx context.Context, b sandbox.Sandbox) error {
 
 func (c *ControlPlane) endInBackground(ctx context.Context, wg *sync.WaitGroup, id sandbox.ID, o outcome) {
 	wg.Go(func() {
-		err := c.end(ctx, id, o)
-		if err != nil && !errors.Is(err, sandbox.ErrNotFound) && ctx.Err() == nil {
+		// It may have gone on since the records were read: then it is in good hands.
+		if err := ignoreLost(c.end(ctx, id, o)); err != nil && ctx.Err() == nil {
 			c.log.Error("finish ending a sandbox", "sandbox", id, "err", err)
 		}
 	})
