@@ -104,7 +104,6 @@ func newRootCmd() *cobra.Command {
 		newSandboxCmd(),
 		newDoctorCmd(),
 		newEnvCmd(),
-		newDoctorCmd(),
 		newBenchCmd(),
 		newVersionCmd(),
 	)
