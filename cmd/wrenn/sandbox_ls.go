@@ -42,7 +42,7 @@ func newSandboxListCmd() *cobra.Command {
 			}
 			switch {
 			case asJSON:
-				return printJSON(cmd.OutOrStdout(), slices.Concat([]client.Info{}, all)) // [] rather than null
+				return printJSON(cmd.OutOrStdout(), append([]client.Info{}, all...)) // [] rather than null
 			case quiet:
 				for _, info := range all {
 					fmt.Fprintln(cmd.OutOrStdout(), info.SandboxID)

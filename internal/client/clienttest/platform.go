@@ -9,6 +9,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -188,6 +190,7 @@ func startGuest(info client.Info, env map[string]string) (*guest, error) {
 	u := &url.URL{Scheme: "http", Host: listener.Addr().String()}
 	proxy := httputil.NewSingleHostReverseProxy(u)
 	proxy.FlushInterval = -1
+	proxy.ErrorLog = log.New(io.Discard, "", 0) // ended sandboxes are part of the tests
 	transport := &http.Transport{}
 	proxy.Transport = transport
 	g := &guest{info: info, url: u, proxy: proxy, stop: func() {
