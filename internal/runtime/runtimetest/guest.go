@@ -108,7 +108,18 @@ func (g *guest) awaitAnswer(t *testing.T) {
 }
 
 // call sends one request; an answer other than 200 is an error with its text.
+// It breaks off at the end of the instance, because a guest that is gone closes
+// no connection.
 func (g *guest) call(ctx context.Context, method, path string, query url.Values, body string) (string, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-g.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	u := fmt.Sprintf("http://%s:%d%s?%s", g.cfg.Slot.HostAddr, guestPort, path, query.Encode())
 	req, err := http.NewRequestWithContext(ctx, method, u, strings.NewReader(body))
 	if err != nil {
