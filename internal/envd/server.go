@@ -6,6 +6,7 @@ package envd
 import (
 	"context"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"strconv"
@@ -84,7 +85,9 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 		Protocols:         protocols,
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       640 * time.Second,
-		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
+		// Every attached client holds a stream for as long as it stays.
+		HTTP2:    &http.HTTP2Config{MaxConcurrentStreams: 1 << 16},
+		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
 	}
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
@@ -111,7 +114,9 @@ func (a *Agent) routes() http.Handler {
 	guarded.HandleFunc("GET /envs", a.serveEnvs)
 	guarded.HandleFunc("GET /logs", a.serveLogs)
 	guarded.HandleFunc("POST /files/compose", transfer.Compose)
-	options := connect.WithHandlerOptions()
+	// Messages may come compressed, but answers are not: they go over a link to
+	// the host next door, and the sandbox's processors are its user's.
+	options := connect.WithCompressMinBytes(math.MaxInt)
 	guarded.Handle(processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options))
 	guarded.Handle(filesystemconnect.NewFilesystemHandler(a.watches, options))
 	open.Handle("/", a.requireToken(guarded))

@@ -43,7 +43,7 @@ func Write(path string, o Options, fill func(io.Writer) error) error {
 	case info.IsDir():
 		return &fs.PathError{Op: "write", Path: path, Err: syscall.EISDIR}
 	case !info.Mode().IsRegular():
-		return writeInPlace(target, o, fill)
+		return writeInPlace(target, fill)
 	}
 	temp := filepath.Join(filepath.Dir(target), tempPrefix+rand.Text())
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
@@ -58,7 +58,7 @@ func Write(path string, o Options, fill func(io.Writer) error) error {
 	if err := os.Rename(temp, target); err != nil {
 		defer os.Remove(temp)
 		if errors.Is(err, syscall.EBUSY) {
-			return copyInPlace(f, target, o)
+			return copyInPlace(f, target)
 		}
 		return err
 	}
@@ -125,7 +125,7 @@ func announce(f *os.File) {
 	}
 }
 
-func writeInPlace(target string, o Options, fill func(io.Writer) error) error {
+func writeInPlace(target string, fill func(io.Writer) error) error {
 	f, err := os.OpenFile(target, os.O_WRONLY|os.O_TRUNC, 0)
 	if err != nil {
 		return err
@@ -137,11 +137,11 @@ func writeInPlace(target string, o Options, fill func(io.Writer) error) error {
 	return f.Close()
 }
 
-func copyInPlace(from *os.File, target string, o Options) error {
+func copyInPlace(from *os.File, target string) error {
 	if _, err := from.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	return writeInPlace(target, o, func(w io.Writer) error {
+	return writeInPlace(target, func(w io.Writer) error {
 		_, err := io.Copy(w, from)
 		return err
 	})

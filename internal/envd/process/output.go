@@ -139,6 +139,22 @@ func (o *output) finish(end End) {
 	o.wakeWriters()
 }
 
+// held returns how much memory the output takes, in bytes.
+func (o *output) held() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.size
+}
+
+// discard gives up what is kept, unless somebody still reads it.
+func (o *output) discard() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.readers) == 0 {
+		o.chunks, o.size = nil, 0
+	}
+}
+
 // attach adds a reader that gets everything kept from the offset on, or only
 // what is written from now on when live is true. Its detach must be called.
 func (o *output) attach(offset int64, live bool) *reader {

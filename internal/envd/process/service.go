@@ -140,10 +140,11 @@ func (s *Service) start(ctx context.Context, req *rpc.StartRequest) (*entry, err
 	}
 	e := &entry{Process: p, config: req.GetProcess(), tag: req.Tag}
 	s.table.add(e)
-	s.log.Info("process started", "pid", p.pid, "cmd", c.path, "args", logged(c.args), "user", c.user.Name)
+	// Arguments and variables may hold secrets: they are not logged.
+	s.log.Info("process started", "pid", p.pid, "cmd", c.path, "user", c.user.Name)
 	go p.supervise(exited, func(end End) {
 		s.table.retire(e)
-		s.log.Info("process ended", "pid", p.pid, "cmd", c.path, "exit_code", end.Code, "status", end.Status)
+		s.log.Info("process ended", "pid", p.pid, "cmd", c.path, "user", c.user.Name, "exit_code", end.Code, "status", end.Status)
 	})
 	return e, nil
 }
@@ -189,20 +190,4 @@ func startError(c command, err error) error {
 		code = connect.CodeInvalidArgument
 	}
 	return connect.NewError(code, fmt.Errorf("start %q: %w", c.argv0, err))
-}
-
-// logged keeps long command lines out of the log.
-func logged(args []string) []string {
-	const most = 256
-	short := make([]string, 0, min(len(args), 8))
-	for i, arg := range args {
-		if i == 8 {
-			return append(short, "…")
-		}
-		if len(arg) > most {
-			arg = arg[:most] + "…"
-		}
-		short = append(short, arg)
-	}
-	return short
 }

@@ -13,6 +13,8 @@ const (
 	keepEnded = 30 * time.Second
 	// maxEnded bounds how many of them are kept.
 	maxEnded = 512
+	// maxEndedOutput bounds the output that they keep all together, in bytes.
+	maxEndedOutput = 8 << 20
 )
 
 // entry is a process as clients know it.
@@ -50,6 +52,12 @@ func (t *table) retire(e *entry) {
 		t.ended = slices.Delete(t.ended, 0, 1)
 	}
 	t.ended = append(t.ended, e)
+	kept := 0
+	for _, old := range slices.Backward(t.ended) {
+		if kept += old.out.held(); kept > maxEndedOutput {
+			old.out.discard()
+		}
+	}
 	time.AfterFunc(keepEnded, func() { t.forget(e) })
 }
 

@@ -1,0 +1,199 @@
+package envd_test
+
+import (
+	"bytes"
+	"encoding/base64"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn/wrenn/api/proto/process"
+)
+
+func newRequestWithUser(name string) string {
+	return "Basic " + base64.StdEncoding.EncodeToString([]byte(name+":"))
+}
+
+func stdinOf(data string) *process.ProcessInput {
+	return &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: []byte(data)}}
+}
+
+func ptyOf(data string) *process.ProcessInput {
+	return &process.ProcessInput{Input: &process.ProcessInput_Pty{Pty: []byte(data)}}
+}
+
+func onTerminal(script string) *process.StartRequest {
+	return &process.StartRequest{
+		Process: &process.ProcessConfig{Cmd: "/bin/bash", Args: []string{"-c", script}},
+		Pty:     &process.PTY{Size: &process.PTY_Size{Cols: 80, Rows: 24}},
+	}
+}
+
+func TestStdinArrivesWholeAndEnds(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	// Stdin is there also for clients that do not say whether they want it.
+	s, id := start(t, t.Context(), c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "cat"}})
+	var want strings.Builder
+	for i := range 300 {
+		chunk := strings.Repeat(fmt.Sprintf("line %d\n", i), 100) // together more than a pipe holds
+		want.WriteString(chunk)
+		if _, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: stdinOf(chunk)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: stdinOf("")}); err != nil {
+		t.Errorf("empty input: %v", err)
+	}
+	if _, err := c.CloseStdin(t.Context(), &process.CloseStdinRequest{Process: pid(id)}); err != nil {
+		t.Fatal(err)
+	}
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if r.stdout.String() != want.String() || r.end.GetExitCode() != 0 {
+		t.Errorf("got %d bytes and %v, want %d bytes", r.stdout.Len(), r.end, want.Len())
+	}
+}
+
+func TestInputOfTheWrongKindIsRefused(t *testing.T) {
+	c := startAgent(t).processes()
+	_, piped := start(t, t.Context(), c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "sleep", Args: []string{"100"}}})
+	_, term := start(t, t.Context(), c, onTerminal("sleep 100"))
+	_, closed := start(t, t.Context(), c, bash("sleep 100"))
+	defer func() {
+		for _, id := range []uint32{piped, term, closed} {
+			c.SendSignal(t.Context(), &process.SendSignalRequest{Process: pid(id), Signal: process.Signal_SIGNAL_SIGKILL})
+		}
+	}()
+	for _, tc := range []struct {
+		name string
+		id   uint32
+		in   *process.ProcessInput
+		code connect.Code
+		text string
+	}{
+		{"terminal input for a pipe", piped, ptyOf("x"), connect.CodeInternal, "no terminal"},
+		{"stdin for a terminal", term, stdinOf("x"), connect.CodeInternal, "terminal"},
+		{"stdin that was not asked for", closed, stdinOf("x"), connect.CodeInternal, "not open"},
+		{"nothing", piped, nil, connect.CodeInvalidArgument, "no input"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(tc.id), Input: tc.in})
+			wantCode(t, err, tc.code, tc.text)
+		})
+	}
+	_, err := c.CloseStdin(t.Context(), &process.CloseStdinRequest{Process: pid(term)})
+	wantCode(t, err, connect.CodeUnimplemented, "Ctrl-D")
+	_, err = c.Update(t.Context(), &process.UpdateRequest{Process: pid(piped), Pty: &process.PTY{Size: &process.PTY_Size{Cols: 1, Rows: 1}}})
+	wantCode(t, err, connect.CodeInternal, "no terminal")
+}
+
+func TestKeystrokesArriveInOrderAndNoneIsLost(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes(connect.WithProtoJSON())
+	const strokes = 3000 // more than a terminal's input queue holds
+	s, id := start(t, t.Context(), c, onTerminal(fmt.Sprintf("stty raw -echo; printf R; sleep 0.3; head -c %d", strokes)))
+	if !s.Receive() || string(s.Msg().GetEvent().GetData().GetPty()) != "R" {
+		t.Fatalf("got %v, %v", s.Msg(), s.Err())
+	}
+	in, err := c.StreamInput(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	send := func(m *process.StreamInputRequest) {
+		if err := in.Send(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Start{Start: &process.StreamInputRequest_StartEvent{Process: pid(id)}}})
+	var want bytes.Buffer
+	for i := range strokes {
+		key := string(rune('a' + i%26))
+		want.WriteString(key)
+		send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Data{Data: &process.StreamInputRequest_DataEvent{Input: ptyOf(key)}}})
+	}
+	if _, err := in.CloseAndReceive(); err != nil {
+		t.Fatal(err)
+	}
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if r.pty.String() != want.String() {
+		t.Errorf("got %d keystrokes, want %d, in order", r.pty.Len(), want.Len())
+	}
+}
+
+func TestATerminalHasASizeThatCanChange(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	s, id := start(t, t.Context(), c, onTerminal(`test -t 0 && test -t 1 && tty >/dev/null && stty size; trap 'stty size; exit 3' WINCH; echo ready; while :; do sleep 0.05; done`))
+	r := &result{}
+	for !strings.Contains(r.pty.String(), "ready") && s.Receive() {
+		r.add(s.Msg().GetEvent())
+	}
+	if _, err := c.Update(t.Context(), &process.UpdateRequest{Process: pid(id), Pty: &process.PTY{Size: &process.PTY_Size{Cols: 132, Rows: 50}}}); err != nil {
+		t.Fatal(err)
+	}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if got := r.pty.String(); got != "24 80\r\nready\r\n50 132\r\n" || r.end.GetExitCode() != 3 {
+		t.Errorf("got %q and %v", got, r.end)
+	}
+}
+
+func TestTwoClientsSeeOneTerminal(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	s, id := start(t, t.Context(), c, onTerminal("read x; echo got $x"))
+	second, err := c.Connect(t.Context(), &process.ConnectRequest{Process: pid(id)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if !second.Receive() {
+		t.Fatal(second.Err())
+	}
+	if _, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: ptyOf("me\n")}); err != nil {
+		t.Fatal(err)
+	}
+	r1, r2 := &result{}, &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r1)
+	drain(t, second, func() *process.ProcessEvent { return second.Msg().GetEvent() }, r2)
+	for _, r := range []*result{r1, r2} {
+		if !strings.Contains(r.pty.String(), "got me\r\n") {
+			t.Errorf("got %q", &r.pty)
+		}
+	}
+}
+
+func TestTheTerminalBelongsToTheUser(t *testing.T) {
+	needRoot(t)
+	a := startAgent(t)
+	req := onTerminal("echo works > $(tty); stat -c %U $(tty)")
+	req.Process.Cwd = ptr("/")
+	r := run(t, a.processes(connect.WithInterceptors(basicUser("nobody"))), req)
+	if got := r.pty.String(); got != "works\r\nnobody\r\n" {
+		t.Errorf("got %q", got)
+	}
+}
+
+// A terminal's descriptors, and those of its process, are given back.
+func TestNothingIsLeftOfEndedProcesses(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	count := func() int {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(fds)
+	}
+	run(t, c, onTerminal("true"))
+	before := count()
+	for range 20 {
+		run(t, c, onTerminal("echo x"))
+		run(t, c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "echo"}})
+	}
+	eventually(t, "descriptors are back to what they were", func() bool { return count() <= before+2 })
+}
