@@ -70,7 +70,7 @@ func TestEvictAnswersRequestsThatWait(t *testing.T) {
 	for name, client := range w.clients() {
 		for _, method := range []string{"GET", "POST"} {
 			t.Run(method+" over "+name, func(t *testing.T) {
-				w.sandboxes.addrs[idA] = netip.MustParseAddr("127.0.0.1")
+				w.sandboxes.add(idA, "127.0.0.1")
 				waiting := make(chan struct{})
 				port := guest(t, func(_ http.ResponseWriter, r *http.Request) {
 					close(waiting)

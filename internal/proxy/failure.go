@@ -63,6 +63,8 @@ func (p *Proxy) failForward(_ http.ResponseWriter, out *http.Request, err error)
 	case errors.As(err, &dial):
 		p.log.Debug("dial guest", "sandbox", s.dest.SandboxID, "port", s.dest.Port, "error", err)
 		s.fail(out, p.unreachable(s))
+	case s.upload != nil && s.upload.broken.Load():
+		s.fail(out, failure{SandboxID: s.dest.SandboxID, Message: "The request body is malformed", Code: http.StatusBadRequest})
 	default:
 		p.log.Debug("forward request", "sandbox", s.dest.SandboxID, "port", s.dest.Port, "error", err)
 		f := portClosed(s.dest)

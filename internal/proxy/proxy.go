@@ -131,7 +131,11 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 		// Failure means that w cannot do it, which is no reason to refuse.
 		_ = http.NewResponseController(w).EnableFullDuplex()
 	}
-	s.guest.route(d.Port).ServeHTTP(s, r.WithContext(s.ctx))
+	out := r.WithContext(s.ctx)
+	if s.upload != nil {
+		out.Body = s.upload
+	}
+	s.guest.route(d.Port).ServeHTTP(s, out)
 }
 
 // Evict breaks off everything that goes on with a sandbox: requests that have no

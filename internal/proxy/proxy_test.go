@@ -55,6 +55,18 @@ func (s *sandboxes) Resolve(_ context.Context, id string) (proxy.Target, error) 
 	return proxy.Target{SandboxID: id, Addr: addr}, nil
 }
 
+func (s *sandboxes) add(id, addr string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.addrs[id] = netip.MustParseAddr(addr)
+}
+
+func (s *sandboxes) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
+}
+
 func (s *sandboxes) remove(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -352,8 +364,8 @@ func TestFailuresHaveTheShapesThatClientsKnow(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			w.sandboxes.err = tt.resolve
-			defer func() { w.sandboxes.err = nil }()
+			w.sandboxes.fail(tt.resolve)
+			defer w.sandboxes.fail(nil)
 			res, body := do(t, w.http1, w.request(t, "GET", tt.id, tt.port, "/health", nil))
 			if res.StatusCode != tt.status || res.Header.Get("Content-Type") != "application/json; charset=utf-8" {
 				t.Errorf("answer = %s, %s", res.Status, res.Header.Get("Content-Type"))

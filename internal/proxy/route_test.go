@@ -1,13 +1,17 @@
 package proxy_test
 
 import (
+	"bufio"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/wrenn/wrenn/internal/proxy"
 )
@@ -144,13 +148,13 @@ func FuzzRoute(f *testing.F) {
 func TestInternalRoutesOfTheAgentAreNotReachable(t *testing.T) {
 	w := newWorld(t)
 	// The guest agent's port is fixed, so its place is taken on a guest of its own.
-	reached := false
+	var requests received
 	guestAt(t, "127.0.0.2:49983", func(rw http.ResponseWriter, _ *http.Request) {
-		reached = true
+		requests.add("reached")
 		io.WriteString(rw, "agent")
 	})
 	send := func(target, version string) (int, string) {
-		reached = false
+		requests.take()
 		res, body, err := w.raw(t, fmt.Sprintf("POST %s HTTP/%s\r\nHost: 49983-%s.wrenn.test\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", target, version, idB))
 		if err != nil {
 			t.Fatal(err)
@@ -164,8 +168,8 @@ func TestInternalRoutesOfTheAgentAreNotReachable(t *testing.T) {
 		"http://x.test/init", "http://x.test//init", "/../../init", "/%5cinit",
 	} {
 		host := strings.Replace(target, "x.test", "49983-"+idB+".wrenn.test", 1)
-		if code, body := send(host, "1.1"); code != 404 || reached {
-			t.Errorf("%s: %d %s (reached: %v)", target, code, body, reached)
+		if code, body := send(host, "1.1"); code != 404 || len(requests.take()) > 0 {
+			t.Errorf("%s: %d %s", target, code, body)
 		}
 	}
 	for _, target := range []string{"/files?path=/init", "/health", "/files/compose", "/process.Process/Start", "/initialize", "/x/init", "/"} {
@@ -181,13 +185,35 @@ func TestInternalRoutesOfTheAgentAreNotReachable(t *testing.T) {
 	})
 }
 
+// received is what a guest has seen.
+type received struct {
+	mu   sync.Mutex
+	seen []string
+}
+
+func (r *received) add(s string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.seen = append(r.seen, s)
+}
+
+// take returns what was seen since the last time.
+func (r *received) take() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	seen := r.seen
+	r.seen = nil
+	return seen
+}
+
 func TestNothingIsSmuggled(t *testing.T) {
 	w := newWorld(t)
-	var requests []string
-	port := guest(t, func(rw http.ResponseWriter, r *http.Request) {
+	var requests received
+	look := func(_ http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		requests = append(requests, fmt.Sprintf("%s %s %q te=%v cl=%d fold=%q", r.Method, r.RequestURI, body, r.TransferEncoding, r.ContentLength, r.Header.Get("Fold")))
-	})
+		requests.add(fmt.Sprintf("%s %s %q te=%v cl=%d fold=%q", r.Method, r.RequestURI, body, r.TransferEncoding, r.ContentLength, r.Header.Get("Fold")))
+	}
+	port := guest(t, look)
 	host := fmt.Sprintf("Host: %d-%s.wrenn.test\r\n", port, idA)
 	smuggled := "GET /smuggled HTTP/1.1\r\n" + host + "\r\n"
 	chunk := fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(smuggled), smuggled)
@@ -212,7 +238,6 @@ func TestNothingIsSmuggled(t *testing.T) {
 		"NUL in a header":              {request: "GET /a HTTP/1.1\r\n" + host + "X: a\x00b\r\n\r\n", refused: true},
 		"space in the target":          {request: "GET /a b HTTP/1.1\r\n" + host + "\r\n", refused: true},
 		"two hosts":                    {request: "GET /a HTTP/1.1\r\n" + host + "Host: other\r\n\r\n", refused: true},
-		"bad chunk size":               {request: "POST /a HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\nzz\r\n" + smuggled, refused: true},
 		"folded header becomes a line": {request: "GET /a HTTP/1.1\r\n" + host + "Fold: a\r\n b\r\nConnection: close\r\n\r\n", arrives: `GET /a "" te=[] cl=0 fold="a b"`},
 		"routing header dropped by Connection": {
 			request: "GET /a HTTP/1.1\r\n" + host + "Connection: close, X-Forwarded-For, Host\r\n\r\n",
@@ -221,9 +246,9 @@ func TestNothingIsSmuggled(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			requests = nil
 			res, body, err := w.raw(t, tt.request)
 			w.waitIdle(t)
+			requests := requests.take()
 			for _, r := range requests {
 				if strings.HasPrefix(r, "GET /smuggled") {
 					t.Errorf("the guest saw a second request: %q", requests)
@@ -238,23 +263,60 @@ func TestNothingIsSmuggled(t *testing.T) {
 			}
 		})
 	}
+	t.Run("bad chunk size", func(t *testing.T) {
+		// The header has been passed on by then, so the guest sees a broken body.
+		brokenOff := make(chan error, 1)
+		port := guest(t, func(_ http.ResponseWriter, r *http.Request) {
+			_, err := io.ReadAll(r.Body)
+			brokenOff <- err
+		})
+		res, _, err := w.raw(t, fmt.Sprintf("POST /a HTTP/1.1\r\nHost: %d-%s.wrenn.test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\nzz\r\n%s", port, idA, smuggled))
+		if err != nil || res.StatusCode != 400 || !res.Close {
+			t.Errorf("answer = %v, %v; want 400 and the end of the connection", res, err)
+		}
+		if err := receive(t, brokenOff); err == nil {
+			t.Error("the guest saw a whole body")
+		}
+	})
+	t.Run("rest of an upload that nobody reads", func(t *testing.T) {
+		port := guest(t, func(rw http.ResponseWriter, _ *http.Request) {
+			_ = http.NewResponseController(rw).EnableFullDuplex() // or net/http waits for the body
+		})
+		conn, err := net.Dial("tcp", w.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		fmt.Fprintf(conn, "POST /a HTTP/1.1\r\nHost: %d-%s.wrenn.test\r\nTransfer-Encoding: chunked\r\n\r\n", port, idA)
+		answer := bufio.NewReader(conn)
+		if res, err := http.ReadResponse(answer, nil); err != nil || res.StatusCode != 200 || !res.Close {
+			t.Errorf("answer = %v, %v; want 200 and the end of the connection", res, err)
+		}
+		io.WriteString(conn, "zz\r\n"+smuggled)
+		if b, err := io.ReadAll(answer); len(b) > 0 {
+			t.Errorf("another answer: %s, %v", b, err)
+		}
+		if seen := requests.take(); len(seen) > 0 {
+			t.Errorf("guest saw %q", seen)
+		}
+	})
 	t.Run("target with spaces over HTTP/2", func(t *testing.T) {
-		requests = nil
 		req := w.request(t, "GET", idA, port, "/", nil)
 		req.URL.Opaque = "/a HTTP/1.1 x"
 		res, err := w.http2.Do(req)
 		if err == nil {
 			res.Body.Close()
 		}
-		if len(requests) != 0 || (err == nil && res.StatusCode != 400) {
+		if requests := requests.take(); len(requests) != 0 || (err == nil && res.StatusCode != 400) {
 			t.Errorf("guest saw %q; answer %v, %v", requests, res, err)
 		}
 	})
 	t.Run("CONNECT", func(t *testing.T) {
-		requests = nil
 		target := fmt.Sprintf("%d-%s.wrenn.test:80", port, idA)
-		if res, _, err := w.raw(t, "CONNECT "+target+" HTTP/1.1\r\nHost: "+target+"\r\n\r\n"); err != nil || res.StatusCode != 405 || len(requests) > 0 {
-			t.Errorf("answer = %v, %v; guest saw %q", res, err, requests)
+		res, _, err := w.raw(t, "CONNECT "+target+" HTTP/1.1\r\nHost: "+target+"\r\n\r\n")
+		if seen := requests.take(); err != nil || res.StatusCode != 405 || len(seen) > 0 {
+			t.Errorf("answer = %v, %v; guest saw %q", res, err, seen)
 		}
 	})
 }

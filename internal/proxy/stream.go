@@ -3,11 +3,13 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -23,6 +25,8 @@ type stream struct {
 	ctx       context.Context // of the request to the guest
 	cancel    context.CancelFunc
 	clientCtx context.Context // done when the client has gone
+	upload    *upload         // the request's body; nil without one
+	http1     bool            // the client speaks HTTP/1
 
 	mu       sync.Mutex
 	aborted  bool     // by Evict
@@ -32,12 +36,37 @@ type stream struct {
 	finished bool     // the handler returns; the ResponseWriter is not ours any more
 }
 
+// upload is a request's body that remembers how reading it ended.
+type upload struct {
+	io.ReadCloser
+	complete atomic.Bool // read to its proper end
+	broken   atomic.Bool // malformed or broken off
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	n, err := u.ReadCloser.Read(p)
+	switch err {
+	case nil:
+	case io.EOF:
+		u.complete.Store(true)
+	default:
+		u.broken.Store(true)
+	}
+	return n, err
+}
+
 type streamKey struct{}
 
 // begin enters a request into the books of its sandbox. It reports false when
 // the proxy is closed.
 func (p *Proxy) begin(w http.ResponseWriter, r *http.Request, d Destination) (*stream, bool) {
-	s := &stream{ResponseWriter: w, dest: d, clientCtx: r.Context()}
+	s := &stream{
+		ResponseWriter: w, dest: d,
+		clientCtx: r.Context(), http1: r.ProtoMajor == 1,
+	}
+	if r.ContentLength != 0 {
+		s.upload = &upload{ReadCloser: r.Body}
+	}
 	ctx, cancel := context.WithCancel(r.Context())
 	s.ctx, s.cancel = context.WithValue(ctx, streamKey{}, s), cancel
 
@@ -88,7 +117,9 @@ func (s *stream) abort() {
 	past := time.Unix(1, 0)
 	client := http.NewResponseController(s.ResponseWriter)
 	// Errors mean that the writer has no deadlines (none of a real server).
-	_ = client.SetReadDeadline(past)
+	if s.upload != nil {
+		_ = client.SetReadDeadline(past)
+	}
 	if s.started {
 		_ = client.SetWriteDeadline(past)
 	}
@@ -119,8 +150,15 @@ func (s *stream) WriteHeader(status int) {
 	if aborted {
 		panic(http.ErrAbortHandler)
 	}
-	if h := s.Header(); h["Content-Type"] == nil {
+	h := s.Header()
+	if h["Content-Type"] == nil {
 		h["Content-Type"] = nil // keeps net/http from guessing one
+	}
+	if s.http1 && s.upload != nil && !s.upload.complete.Load() {
+		// A full-duplex net/http connection goes on to read a next request even
+		// where the rest of this body turns out malformed, and what a client has
+		// put there may be anything.
+		h.Set("Connection", "close")
 	}
 	s.ResponseWriter.WriteHeader(status)
 }
