@@ -79,7 +79,8 @@ func (m *Meter) usage(busy time.Duration, now time.Time) float64 {
 }
 
 // busyTime reads the first line of /proc/stat: user, nice, system, idle,
-// iowait, irq, softirq, steal. Sandbox kernels may report only zeros.
+// iowait, irq, softirq; what follows is not ours or counted already. Sandbox
+// kernels may report only zeros.
 func busyTime(stat []byte) time.Duration {
 	line, _, _ := bytes.Cut(stat, []byte("\n"))
 	fields := strings.Fields(string(line))
