@@ -222,6 +222,14 @@ func (hs hierarchies) outOfMemory(group string) bool {
 	return err == nil && n > 0
 }
 
+// outOfPIDs reports whether the group was refused a task because it had as many
+// as it may.
+func (hs hierarchies) outOfPIDs(group string) bool {
+	path, _ := hs.file(group, "pids", "pids.events", "pids.events")
+	n, err := readField(path, "max")
+	return err == nil && n > 0
+}
+
 // cpuTime is what the group has used since it was made.
 func (hs hierarchies) cpuTime(group string) (time.Duration, error) {
 	path, isV2 := hs.file(group, "cpuacct", "cpuacct.usage", "cpu.stat")

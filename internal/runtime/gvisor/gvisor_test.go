@@ -51,6 +51,13 @@ func TestConformance(t *testing.T) {
 	runtimetest.Run(t, func(t *testing.T) runtimetest.Harness { return harness(t, filepath.Join(t.TempDir(), "runsc")) })
 }
 
+// A socket's path has room for 107 bytes; a data directory may be longer.
+func TestALongDataDirectoryWorks(t *testing.T) {
+	requireRoot(t)
+	root := filepath.Join(t.TempDir(), strings.Repeat("long/", 40), "runsc")
+	runtimetest.RunOne(t, harness(t, root))
+}
+
 func requireRoot(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: gVisor is started with namespaces and cgroups")

@@ -21,6 +21,7 @@ type state struct {
 	Dir       string  `json:"dir"`
 	MemoryMiB int64   `json:"memoryMiB"`
 	DiskMiB   int64   `json:"diskMiB"`
+	PIDs      int64   `json:"pids"`
 	Engine    process `json:"engine"`
 	Gofer     process `json:"gofer"`
 }
@@ -72,21 +73,7 @@ func (i *instance) watch() {
 		return // the runtime is closed; the instance goes on without us
 	}
 	stop()
-	status, known := i.engine.exitStatus()
-	i.mu.Lock()
-	stopped := i.stopping
-	i.mu.Unlock()
-	switch {
-	case i.rt.cgroups.outOfMemory(group(i.rt.cfg.Tag, i.id)):
-		i.exit = runtime.Exit{
-			OutOfMemory: true,
-			Reason:      fmt.Sprintf("out of memory: the sandbox exceeded its limit of %d MiB", i.state.MemoryMiB),
-		}
-	case stopped:
-		i.exit = runtime.Exit{Reason: "stopped"}
-	default:
-		i.exit = runtime.Exit{Reason: ending(i.state.Dir, status, known)}
-	}
+	i.exit = i.explain()
 	// The gofer ends with the engine; as a child of ours it would stay a zombie.
 	if gofer, err := i.state.Gofer.open(); err == nil {
 		ctx, cancel := context.WithTimeout(i.rt.ctx, time.Second)
@@ -94,6 +81,29 @@ func (i *instance) watch() {
 		cancel()
 	}
 	close(i.done)
+}
+
+// explain finds out why the engine ended, while its cgroup and files are there.
+func (i *instance) explain() runtime.Exit {
+	status, known := i.engine.exitStatus() // reaps it, so always
+	cg, name := i.rt.cgroups, group(i.rt.cfg.Tag, i.id)
+	i.mu.Lock()
+	stopped := i.stopping
+	i.mu.Unlock()
+	switch {
+	case cg.outOfMemory(name):
+		return runtime.Exit{
+			OutOfMemory: true,
+			Reason:      fmt.Sprintf("out of memory: the sandbox exceeded its limit of %d MiB", i.state.MemoryMiB),
+		}
+	case stopped:
+		return runtime.Exit{Reason: "stopped"}
+	case cg.outOfPIDs(name) && crash(filepath.Join(i.state.Dir, panicFile)) != "":
+		// The sandbox kernel needs tasks of the same limit, and cannot go on without.
+		return runtime.Exit{Reason: fmt.Sprintf("too many processes: the sandbox exceeded its limit of %d tasks", i.state.PIDs)}
+	default:
+		return runtime.Exit{Reason: ending(i.state.Dir, status, known)}
+	}
 }
 
 // ending says in words how the engine ended.

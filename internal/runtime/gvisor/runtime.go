@@ -254,7 +254,8 @@ func readState(root string, cfg runtime.Config) (state, error) {
 	if err := json.Unmarshal(data, &runsc); err != nil {
 		return state{}, fmt.Errorf("read runsc's state: %w", err)
 	}
-	st := state{Dir: cfg.Dir, MemoryMiB: cfg.Resources.MemoryMiB, DiskMiB: cfg.Resources.DiskMiB}
+	res := cfg.Resources
+	st := state{Dir: cfg.Dir, MemoryMiB: res.MemoryMiB, DiskMiB: res.DiskMiB, PIDs: res.PIDs}
 	// A process that has ended already is left zero; opening it says so.
 	st.Engine, _ = identify(runsc.Sandbox.PID)
 	st.Gofer, _ = identify(runsc.GoferPID)

@@ -82,6 +82,13 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 	}
 }
 
+// RunOne runs only the first test of the suite: that an instance works and
+// leaves nothing.
+func RunOne(t *testing.T, h Harness) {
+	dir := t.TempDir()
+	testGuestRuns(t, &suite{Harness: h, init: buildGuest(t, dir), rootfs: makeRootFS(t, dir)})
+}
+
 func (s *suite) checkNothingLeft(t *testing.T, cfg runtime.Config) {
 	t.Helper()
 	for _, left := range s.Leftovers(t, cfg.ID) {
