@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"net/url"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -151,10 +150,10 @@ func (c *Client) Metrics(ctx context.Context) (Metrics, error) {
 
 // LogEntry is one line of the guest agent's log.
 type LogEntry struct {
-	Time    time.Time         `json:"time"`
-	Level   string            `json:"level"`
-	Message string            `json:"message"`
-	Fields  map[string]string `json:"fields,omitempty"`
+	Time    time.Time
+	Level   string
+	Message string
+	Fields  map[string]string
 }
 
 // Logs returns the entries later than after, oldest first. The agent keeps a
@@ -164,9 +163,23 @@ func (c *Client) Logs(ctx context.Context, after time.Time) ([]LogEntry, error) 
 	if !after.IsZero() {
 		ns = after.UnixNano()
 	}
-	var entries []LogEntry
-	q := url.Values{"after": {strconv.FormatInt(ns, 10)}}
-	return entries, c.get(ctx, "/logs?"+q.Encode(), &entries)
+	var lines []struct {
+		Time    time.Time      `json:"time"`
+		Level   string         `json:"level"`
+		Message string         `json:"message"`
+		Fields  map[string]any `json:"fields"` // numbers and truth values, too
+	}
+	if err := c.get(ctx, "/logs?after="+strconv.FormatInt(ns, 10), &lines); err != nil {
+		return nil, err
+	}
+	entries := make([]LogEntry, len(lines))
+	for i, l := range lines {
+		entries[i] = LogEntry{Time: l.Time, Level: l.Level, Message: l.Message, Fields: make(map[string]string, len(l.Fields))}
+		for k, v := range l.Fields {
+			entries[i].Fields[k] = fmt.Sprint(v)
+		}
+	}
+	return entries, nil
 }
 
 func (c *Client) get(ctx context.Context, path string, into any) error {
@@ -178,7 +191,9 @@ func (c *Client) get(ctx context.Context, path string, into any) error {
 	if resp.StatusCode != http.StatusOK {
 		return statusError("get "+path+" from guest agent", resp)
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(into); err != nil {
+	dec := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer))
+	dec.UseNumber()
+	if err := dec.Decode(into); err != nil {
 		return fmt.Errorf("decode guest agent's answer to %s: %w", path, err)
 	}
 	return nil
