@@ -326,6 +326,9 @@ func (p *Platform) forward(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusBadGateway, map[string]any{"sandboxId": id, "message": "The sandbox was not found", "code": 502})
 		return
 	}
+	// An answer that begins while the request is still being read must not end the
+	// reading: the copy of the request would fail and take the answer with it.
+	_ = http.NewResponseController(w).EnableFullDuplex()
 	g.proxy.ServeHTTP(w, r)
 }
 
