@@ -14,6 +14,7 @@ import (
 // Verdict is what a check came to.
 type Verdict string
 
+// The verdicts, from best to worst.
 const (
 	OK   Verdict = "ok"
 	Warn Verdict = "warn" // works, with the drawback that Detail names
