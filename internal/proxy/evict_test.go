@@ -1,7 +1,9 @@
 package proxy_test
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -9,6 +11,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -251,11 +254,12 @@ func TestEvictFreesStreamsOfAGuestThatIsNeverHeardOfAgain(t *testing.T) {
 
 func TestEvictClosesIdleConnections(t *testing.T) {
 	w := newWorld(t)
-	port, states := guestWithStates(t)
-	do(t, w.http1, w.request(t, "GET", idA, port, "/", nil))
+	// The guest agent's port: its connections are kept longer than the test waits.
+	port, states := guestWithStates(t, "127.0.0.2:49983")
+	do(t, w.http1, w.request(t, "GET", idB, port, "/", nil))
 	for receive(t, states) != http.StateIdle {
 	}
-	w.kill(idA)
+	w.kill(idB)
 	if s := receive(t, states); s != http.StateClosed {
 		t.Errorf("connection became %s", s)
 	}
@@ -263,7 +267,7 @@ func TestEvictClosesIdleConnections(t *testing.T) {
 
 func TestConnectionsToTheGuestAreReused(t *testing.T) {
 	w := newWorld(t)
-	port, states := guestWithStates(t)
+	port, states := guestWithStates(t, "127.0.0.1:0")
 	opened := 0
 	for range 3 {
 		do(t, w.http1, w.request(t, "GET", idA, port, "/", nil))
@@ -279,9 +283,15 @@ func TestConnectionsToTheGuestAreReused(t *testing.T) {
 }
 
 // guestWithStates is a guest that tells what becomes of its connections.
-func guestWithStates(t testing.TB) (uint16, <-chan http.ConnState) {
+func guestWithStates(t testing.TB, addr string) (uint16, <-chan http.ConnState) {
 	states := make(chan http.ConnState, 100)
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	srv.Listener.Close()
+	srv.Listener = ln
 	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) { states <- s }
 	srv.Start()
 	t.Cleanup(srv.Close)
@@ -340,6 +350,61 @@ func TestSandboxEvictedWhileItIsResolvedIsNotDialled(t *testing.T) {
 	if rec.Code != 502 || !strings.Contains(rec.Body.String(), "not found") {
 		t.Errorf("answer = %d %s", rec.Code, rec.Body)
 	}
+}
+
+func TestEvictResetsConnectionsToTheGuest(t *testing.T) {
+	w := newWorld(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		if c, err := ln.Accept(); err == nil {
+			accepted <- c
+		}
+	}()
+	req := w.request(t, "GET", idA, uint16(ln.Addr().(*net.TCPAddr).Port), "/", nil)
+	go w.http1.Do(req)
+	conn := receive(t, accepted)
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+		t.Fatal(err)
+	}
+	w.kill(idA)
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the guest's end reads %v, want a reset", err)
+	}
+}
+
+func TestConnectionMadeTooLateIsClosed(t *testing.T) {
+	dialling, evicted := make(chan struct{}), make(chan struct{})
+	ours, theirs := net.Pipe()
+	p := proxy.New(proxy.Config{
+		Resolver: &sandboxes{addrs: map[string]netip.Addr{idA: netip.MustParseAddr("127.0.0.1")}},
+		Domain:   "wrenn.test",
+		Dial: func(context.Context, string, string) (net.Conn, error) {
+			close(dialling)
+			<-evicted
+			return ours, nil
+		},
+	})
+	defer p.Close()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		p.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "http://49983-"+idA+".wrenn.test/", nil))
+	}()
+	receive(t, dialling)
+	p.Evict(idA)
+	close(evicted)
+	theirs.SetDeadline(time.Now().Add(10 * time.Second))
+	if b, err := io.ReadAll(theirs); err != nil || len(b) > 0 {
+		t.Errorf("the connection was kept: %q, %v", b, err)
+	}
+	receive(t, done)
 }
 
 func TestClosedProxyRefuses(t *testing.T) {

@@ -40,11 +40,9 @@ func (e *dialError) Unwrap() error { return e.err }
 // guest is all that the proxy holds of one sandbox. It exists from the first
 // request on, as long as there is a stream or a connection.
 type guest struct {
-	id        string
-	user      *httputil.ReverseProxy // to the ports of the user's applications
-	agent     *httputil.ReverseProxy // to the guest agent's port
-	userPool  *http.Transport
-	agentPool *http.Transport
+	id    string
+	user  *httputil.ReverseProxy // to the ports of the user's applications
+	agent *httputil.ReverseProxy // to the guest agent's port
 
 	// Guarded by Proxy.mu:
 	gone    bool // detached: nothing may be added any more
@@ -58,10 +56,8 @@ func (p *Proxy) newGuest(id string) *guest {
 		streams: make(map[*stream]struct{}),
 		conns:   make(map[*guestConn]struct{}),
 	}
-	g.userPool = p.newPool(g, userIdleConns, userIdleTimeout)
-	g.agentPool = p.newPool(g, agentIdleConns, agentIdleTimeout)
-	g.user = p.newReverseProxy(g.userPool)
-	g.agent = p.newReverseProxy(g.agentPool)
+	g.user = p.newReverseProxy(p.newPool(g, userIdleConns, userIdleTimeout))
+	g.agent = p.newReverseProxy(p.newPool(g, agentIdleConns, agentIdleTimeout))
 	return g
 }
 
@@ -124,7 +120,8 @@ func (p *Proxy) adopt(g *guest, conn net.Conn) (net.Conn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if g.gone {
-		resetConn(conn)
+		resetOnClose(conn)
+		_ = conn.Close()
 		return nil, errEvicted
 	}
 	g.conns[c] = struct{}{}
@@ -155,17 +152,20 @@ func (p *Proxy) detach(g *guest) ([]*stream, []*guestConn) {
 	return streams, conns
 }
 
-// breakOff ends what detach returned. Streams come first: they must know that
-// they are aborted before their connections fail under them.
+// breakOff ends what detach returned. The connections go with a reset, so that
+// the kernel keeps no state of an address which another sandbox may get; whoever
+// closes them first. They come after the streams, which must know that they are
+// aborted before their connections fail under them.
 func (g *guest) breakOff(streams []*stream, conns []*guestConn) {
+	for _, c := range conns {
+		resetOnClose(c.Conn)
+	}
 	for _, s := range streams {
 		s.abort()
 	}
 	for _, c := range conns {
-		resetConn(c)
+		_ = c.Close() // an error means that it was closed already
 	}
-	g.userPool.CloseIdleConnections()
-	g.agentPool.CloseIdleConnections()
 }
 
 // guestConn is a connection to a guest that reports its end.
@@ -188,21 +188,11 @@ func (c *guestConn) CloseWrite() error {
 	return nil
 }
 
-// SetLinger is *net.TCPConn's.
-func (c *guestConn) SetLinger(sec int) error {
-	if tcp, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
-		return tcp.SetLinger(sec)
-	}
-	return nil
-}
-
-// resetConn closes a connection with a reset, so that the other end cannot take
-// it for a proper end and the kernel keeps no state of it.
-func resetConn(c net.Conn) {
+// resetOnClose makes closing c a reset instead of a proper end.
+func resetOnClose(c net.Conn) {
 	if tcp, ok := c.(interface{ SetLinger(int) error }); ok {
-		_ = tcp.SetLinger(0) // it is being closed either way
+		_ = tcp.SetLinger(0) // fails only on a connection that is closed
 	}
-	_ = c.Close()
 }
 
 // bufferPool lends the buffers that bodies are copied through.

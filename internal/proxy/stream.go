@@ -111,7 +111,8 @@ func (s *stream) abort() {
 	s.aborted = true
 	s.cancel()
 	if s.hijacked != nil {
-		resetConn(s.hijacked)
+		resetOnClose(s.hijacked)
+		_ = s.hijacked.Close() // an error means that it was closed already
 		return
 	}
 	past := time.Unix(1, 0)
