@@ -2,24 +2,15 @@ package server_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -305,154 +296,4 @@ func TestHTTP2LeavesRoomForManyStreams(t *testing.T) {
 	if streamWindow < 256<<10 || connWindow < 64*streamWindow {
 		t.Errorf("windows of %d bytes a stream and %d a connection: 64 stalled uploads would stop the rest", streamWindow, connWindow)
 	}
-}
-
-func TestListen(t *testing.T) {
-	addrs := func(ls []net.Listener) (as []*net.TCPAddr) {
-		for _, l := range ls {
-			t.Cleanup(func() { l.Close() })
-			as = append(as, l.Addr().(*net.TCPAddr))
-		}
-		return as
-	}
-	listen := func(addr string) []*net.TCPAddr {
-		t.Helper()
-		ls, err := server.Listen(addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return addrs(ls)
-	}
-	ipv6 := func() bool {
-		l, err := net.Listen("tcp", "[::1]:0")
-		if err == nil {
-			l.Close()
-		}
-		return err == nil
-	}()
-
-	t.Run("localhost is both families on one port", func(t *testing.T) {
-		got := listen("localhost:0")
-		if !ipv6 {
-			t.Skip("no IPv6 on this machine")
-		}
-		if len(got) != 2 || got[0].IP.String() != "127.0.0.1" || got[1].IP.String() != "::1" || got[0].Port != got[1].Port || got[0].Port == 0 {
-			t.Errorf("listens on %v", got)
-		}
-	})
-	t.Run("an address is itself alone", func(t *testing.T) {
-		if got := listen("127.0.0.3:0"); len(got) != 1 || got[0].IP.String() != "127.0.0.3" {
-			t.Errorf("listens on %v", got)
-		}
-	})
-	t.Run("no host is everywhere", func(t *testing.T) {
-		got := listen(":0")
-		for _, host := range []string{"127.0.0.1", "::1"} {
-			if host == "::1" && !ipv6 {
-				continue
-			}
-			c, err := net.Dial("tcp", net.JoinHostPort(host, fmt.Sprint(got[0].Port)))
-			if err != nil {
-				t.Errorf("%s: %v", host, err)
-				continue
-			}
-			c.Close()
-		}
-	})
-	t.Run("a port taken on one family is an error", func(t *testing.T) {
-		if !ipv6 {
-			t.Skip("no IPv6 on this machine")
-		}
-		taken := listen("[::1]:0")
-		ls, err := server.Listen(fmt.Sprintf("localhost:%d", taken[0].Port))
-		addrs(ls)
-		if err == nil {
-			t.Error("no error")
-		}
-	})
-	for _, bad := range []string{"", "localhost", "localhost:x", "1.2.3.4.5:80", "localhost:70000"} {
-		if ls, err := server.Listen(bad); err == nil {
-			addrs(ls)
-			t.Errorf("%q: no error", bad)
-		}
-	}
-}
-
-func TestCertificateIsReadAgainWhenItsFilesChange(t *testing.T) {
-	dir := t.TempDir()
-	certFile, keyFile, _ := writeCertificate(t, dir, "first")
-	cert, err := server.LoadCertificate(certFile, keyFile, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := start(t, server.Config{}, cert.TLSConfig())
-	served := func() string {
-		t.Helper()
-		conn, err := tls.Dial("tcp", p.tls, &tls.Config{InsecureSkipVerify: true, ServerName: "api.wrenn.test"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		return conn.ConnectionState().PeerCertificates[0].Subject.CommonName
-	}
-	if got := served(); got != "first" {
-		t.Errorf("serves %s", got)
-	}
-	writeCertificate(t, dir, "second")
-	if got := served(); got != "second" {
-		t.Errorf("after the renewal it serves %s", got)
-	}
-	if err := os.WriteFile(certFile, []byte("half a certif"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if got := served(); got != "second" {
-		t.Errorf("with a broken file it serves %s", got)
-	}
-	os.Remove(keyFile)
-	if got := served(); got != "second" {
-		t.Errorf("with a missing file it serves %s", got)
-	}
-	writeCertificate(t, dir, "third")
-	if got := served(); got != "third" {
-		t.Errorf("after the repair it serves %s", got)
-	}
-	if _, err := server.LoadCertificate(filepath.Join(dir, "none"), keyFile, nil); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("missing file: %v", err)
-	}
-}
-
-// writeCertificate writes a self-signed pair for *.wrenn.test into dir.
-func writeCertificate(t *testing.T, dir, name string) (certFile, keyFile string, roots *x509.CertPool) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
-		DNSNames: []string{"wrenn.test", "*.wrenn.test"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	for file, data := range map[string][]byte{
-		certFile: certPEM,
-		keyFile:  pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}),
-	} {
-		if err := os.WriteFile(file, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	roots = x509.NewCertPool()
-	roots.AppendCertsFromPEM(certPEM)
-	return certFile, keyFile, roots
 }
