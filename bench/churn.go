@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -50,6 +51,10 @@ func Churn(ctx context.Context, p Platform, n int) (Report, error) {
 		}
 		return g.Wait()
 	}
+	had, err := holdings(p.DataDir)
+	if err != nil {
+		return r, err
+	}
 	// The first tenth fills caches and pools; growth is measured after it.
 	if err := run(max(n/10, parallel)); err != nil {
 		return r, err
@@ -68,10 +73,12 @@ func Churn(ctx context.Context, p Platform, n int) (Report, error) {
 	if err != nil {
 		return r, fmt.Errorf("measure platform: %w", err)
 	}
-	left, err := leftovers(p.DataDir)
+	left, err := holdings(p.DataDir)
 	if err != nil {
 		return r, err
 	}
+	// Sandboxes of others that were there before are not ours.
+	left = slices.DeleteFunc(left, func(s string) bool { return slices.Contains(had, s) })
 	growth := mib(after.pss - before.pss)
 	cycles := cycle.result("create, exec, kill", "ms").noted("%d at a time", parallel)
 	failures := single("failures", "cycles", float64(failed.Load())).want("0", failed.Load() == 0)
@@ -100,19 +107,19 @@ func oneCycle(ctx context.Context, p Platform) error {
 	return errors.Join(err, p.Client.Kill(context.WithoutCancel(ctx), s.ID()))
 }
 
-// leftovers lists what no sandbox should have left: directories and processes.
-func leftovers(dataDir string) ([]string, error) {
+// holdings lists what sandboxes have: directories and processes.
+func holdings(dataDir string) ([]string, error) {
 	var left []string
 	entries, err := os.ReadDir(filepath.Join(dataDir, "agent", "sandboxes"))
 	if err != nil {
-		return nil, fmt.Errorf("look for leftovers: %w", err)
+		return nil, fmt.Errorf("look at what sandboxes have: %w", err)
 	}
 	for _, e := range entries {
 		left = append(left, "directory "+e.Name())
 	}
 	procs, err := processesOf(filepath.Join(dataDir, "agent", "runsc"))
 	if err != nil {
-		return nil, fmt.Errorf("look for leftovers: %w", err)
+		return nil, fmt.Errorf("look at what sandboxes have: %w", err)
 	}
 	for pid := range procs {
 		left = append(left, fmt.Sprintf("process %d", pid))

@@ -85,7 +85,7 @@ func (a *Agent) takeOver(m *managed) {
 		return
 	}
 	m.slot = slot
-	m.serving(slot.HostAddr, guest.NewClient(a.transport, slot.HostAddr, ""))
+	m.serving(slot.HostAddr, guest.NewClient(slot.HostAddr, ""))
 	a.mu.Lock()
 	a.sandboxes[m.id] = m
 	a.mu.Unlock()

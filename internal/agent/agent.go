@@ -16,7 +16,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/wrenn/wrenn/internal/guest"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
@@ -34,11 +33,10 @@ type Config struct {
 
 // Agent is a host agent. Open makes one; Detach or Shutdown ends it.
 type Agent struct {
-	cfg       Config
-	log       *slog.Logger
-	slots     *network.Pool
-	transport *guest.Transport
-	ended     *obituaries
+	cfg   Config
+	log   *slog.Logger
+	slots *network.Pool
+	ended *obituaries
 
 	ctx    context.Context // ends when the agent does
 	cancel context.CancelFunc
@@ -59,7 +57,6 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	a := &Agent{
 		cfg:       cfg,
 		log:       cfg.Log,
-		transport: guest.NewTransport(),
 		ended:     newObituaries(),
 		sandboxes: make(map[sandbox.ID]*managed),
 	}
@@ -89,7 +86,11 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 func (a *Agent) Detach(ctx context.Context) error {
 	a.close()
 	a.wg.Wait()
-	a.transport.Close()
+	for _, m := range a.list() {
+		if _, _, c := m.status(); c != nil {
+			c.Close()
+		}
+	}
 	return a.slots.Close(ctx)
 }
 
@@ -103,7 +104,6 @@ func (a *Agent) Shutdown(ctx context.Context) error {
 	}
 	err := g.Wait()
 	a.wg.Wait()
-	a.transport.Close()
 	return errors.Join(err, a.slots.Close(ctx))
 }
 

@@ -105,12 +105,12 @@ func (a *Agent) build(ctx context.Context, m *managed, req createRequest, rootfs
 	if err != nil {
 		return fmt.Errorf("start runtime: %w", err)
 	}
-	client := guest.NewClient(a.transport, m.slot.HostAddr, req.accessToken)
+	client := guest.NewClient(m.slot.HostAddr, req.accessToken)
+	m.serving(m.slot.HostAddr, client)
 	version, err := a.announce(ctx, m.inst, client, req)
 	if err != nil {
 		return err
 	}
-	m.serving(m.slot.HostAddr, client)
 	m.mu.Lock()
 	m.rec.EnvdVersion = version
 	m.rec.RuntimeState = m.inst.State()

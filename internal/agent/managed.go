@@ -55,7 +55,7 @@ func (m *managed) setState(s sandbox.State) error {
 	return m.rec.save(m.dir)
 }
 
-// serving notes that the guest agent answers at addr.
+// serving notes where the guest agent answers.
 func (m *managed) serving(addr netip.Addr, c *guest.Client) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -107,6 +107,9 @@ func (a *Agent) teardown(m *managed, end sandbox.State, reason string, announce 
 		// A full disk must not keep a sandbox alive: the journal then says
 		// running, and the next agent finds it dead and frees the same things.
 		a.log.Warn("journal sandbox as stopping", "sandbox", m.id, "err", err)
+	}
+	if _, _, c := m.status(); c != nil {
+		c.Close()
 	}
 	if m.inst != nil {
 		errs = append(errs, m.inst.Stop(ctx))

@@ -24,20 +24,6 @@ const Port = 49983
 // maxAnswer bounds what the host reads from a guest, which is not trusted.
 const maxAnswer = 4 << 20
 
-// Transport holds the connections to guest agents. One serves a whole host; it
-// shares nothing with user traffic.
-type Transport struct{ http *http.Transport }
-
-// NewTransport makes a Transport.
-func NewTransport() *Transport {
-	return &Transport{&http.Transport{
-		DialContext:         dial,
-		DisableCompression:  true,
-		MaxIdleConnsPerHost: 1,
-		IdleConnTimeout:     30 * time.Second,
-	}}
-}
-
 // dial connects with a time limit that starts short and doubles. A SYN that
 // meets a guest network just being brought up is lost, and the kernel would
 // repeat it only after a second.
@@ -52,10 +38,8 @@ func dial(ctx context.Context, netw, addr string) (net.Conn, error) {
 	}
 }
 
-// Close drops idle connections.
-func (t *Transport) Close() { t.http.CloseIdleConnections() }
-
-// Client talks to the envd of one sandbox.
+// Client talks to the envd of one sandbox, over connections of its own: nothing
+// of one sandbox is left when its client is closed.
 type Client struct {
 	http  *http.Client
 	base  string
@@ -63,15 +47,23 @@ type Client struct {
 }
 
 // NewClient returns a client for the guest at addr; token is its access token,
-// empty where it has none.
-func NewClient(t *Transport, addr netip.Addr, token string) *Client {
+// empty where it has none. Close must be called.
+func NewClient(addr netip.Addr, token string) *Client {
 	c := &Client{
-		http: &http.Client{Transport: t.http},
+		http: &http.Client{Transport: &http.Transport{
+			DialContext:         dial,
+			DisableCompression:  true,
+			MaxIdleConnsPerHost: 1,
+			IdleConnTimeout:     30 * time.Second,
+		}},
 		base: "http://" + netip.AddrPortFrom(addr, Port).String(),
 	}
 	c.SetToken(token)
 	return c
 }
+
+// Close drops the connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
 
 // SetToken changes the access token of further calls.
 func (c *Client) SetToken(token string) { c.token.Store(&token) }
