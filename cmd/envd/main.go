@@ -35,5 +35,5 @@ func run(address string, asInit bool) error {
 	if err != nil {
 		return err
 	}
-	return envd.New(envd.Config{Init: asInit, OwnsClock: envd.IsInit()}).Serve(ctx, l)
+	return envd.New(envd.Config{Init: asInit, OwnsMachine: envd.IsInit()}).Serve(ctx, l)
 }

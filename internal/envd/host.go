@@ -16,6 +16,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/envd/access"
 	"github.com/wrenn/wrenn/internal/envd/files"
+	"github.com/wrenn/wrenn/internal/envd/settings"
 )
 
 // maxInitBody bounds what the host sends, in bytes.
@@ -80,8 +81,11 @@ func (a *Agent) apply(req initRequest) {
 		a.settings.SetEnv(req.EnvVars)
 	}
 	a.settings.SetDefaults(req.DefaultUser, req.DefaultWorkdir)
-	if err := a.settings.SetIdentity(req.SandboxID, req.TemplateID); err != nil {
-		a.log.Warn("sandbox's identity not written to files", "error", err)
+	a.settings.SetIdentity(req.SandboxID, req.TemplateID)
+	if a.ownsMachine {
+		if err := a.settings.WriteIdentity(settings.RunDir); err != nil {
+			a.log.Warn("sandbox's identity not written to files", "error", err)
+		}
 	}
 	a.log.Info("initialized", "sandbox_id", req.SandboxID, "template_id", req.TemplateID,
 		"secured", req.AccessToken != "", "default_user", a.settings.User(), "env_vars", len(req.EnvVars))
@@ -92,7 +96,7 @@ func (a *Agent) apply(req initRequest) {
 // sandbox may not set its clock, the host's own is used and right. An agent that
 // is not pid 1 shares a clock that is not the sandbox's, and leaves it alone.
 func (a *Agent) stepClock(now time.Time) {
-	if !a.ownsClock {
+	if !a.ownsMachine {
 		return
 	}
 	const maxBehind, maxAhead = 50 * time.Millisecond, 5 * time.Second

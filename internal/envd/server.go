@@ -35,8 +35,9 @@ const Version = version.Version
 type Config struct {
 	// Init makes the agent reap orphans: it is pid 1, or stands in for it.
 	Init bool
-	// OwnsClock lets the host set the system's clock through the agent.
-	OwnsClock bool
+	// OwnsMachine lets the agent change what is the whole system's: its clock,
+	// and the files in /run that say which sandbox it is.
+	OwnsMachine bool
 }
 
 // Agent is the guest agent. Make one with New.
@@ -51,12 +52,12 @@ type Agent struct {
 	handler  http.Handler
 	init     initializer
 
-	ownsClock bool
+	ownsMachine bool
 }
 
 // New returns an agent that does nothing yet.
 func New(c Config) *Agent {
-	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsClock: c.OwnsClock}
+	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsMachine: c.OwnsMachine}
 	a.log = slog.New(a.ring.Handler(slog.LevelInfo))
 	a.watches = filesystem.NewService(&a.settings, a.log)
 	a.handler = a.routes()

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -66,6 +67,11 @@ func (t *table) forget(e *entry) {
 	defer t.mu.Unlock()
 	if i := slices.Index(t.ended, e); i >= 0 {
 		t.ended = slices.Delete(t.ended, i, i+1)
+	}
+	if len(t.ended) == 0 {
+		// A while without commands: what the last ones left as garbage goes back
+		// to the system, which may hold hundreds of idle sandboxes.
+		go debug.FreeOSMemory()
 	}
 }
 

@@ -13,8 +13,8 @@ import (
 // RootUser is the default user until the host has named one.
 const RootUser = "root"
 
-// runDir is where programs in the sandbox find who they are.
-const runDir = "/run/e2b"
+// RunDir is where programs in the sandbox find who they are.
+const RunDir = "/run/e2b"
 
 // Settings is safe for concurrent use. The zero value is ready.
 type Settings struct {
@@ -74,10 +74,8 @@ func (s *Settings) SetEnv(env map[string]string) {
 }
 
 // SetIdentity tells processes which sandbox they are in, by environment
-// variables under both Wrenn's and E2B's names and by files in /run/e2b. An
-// empty id leaves what was set. The files are for convenience: the error says
-// which one could not be written, and everything else is in force all the same.
-func (s *Settings) SetIdentity(sandboxID, templateID string) error {
+// variables under both Wrenn's and E2B's names. An empty id leaves what was set.
+func (s *Settings) SetIdentity(sandboxID, templateID string) {
 	s.mu.Lock()
 	id := maps.Clone(s.identity)
 	if id == nil {
@@ -92,10 +90,13 @@ func (s *Settings) SetIdentity(sandboxID, templateID string) error {
 	}
 	s.identity = id
 	s.mu.Unlock()
-	return writeIdentity(runDir, id)
 }
 
-func writeIdentity(dir string, id map[string]string) error {
+// WriteIdentity writes the same to files in dir, for programs that look there.
+func (s *Settings) WriteIdentity(dir string) error {
+	s.mu.RLock()
+	id := s.identity // replaced as a whole, never changed
+	s.mu.RUnlock()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
