@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -120,6 +121,9 @@ func upForeground(ctx context.Context, dir dataDir, opts upOptions) error {
 	}
 	parent := parentPipe()
 	log := newLogger(os.Stderr)
+	// net/http writes what guests and clients get wrong to the standard logger.
+	stdlog.SetFlags(0)
+	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
 	err := runPlatform(ctx, dir, opts, parent, log)
 	if err != nil {
 		parent.fail(err)
