@@ -100,8 +100,9 @@ func (r *run) line(line string, live bool) {
 
 func (r *run) show(t test, e event) {
 	switch {
+	case t.name == "" && e.Action == "skip": // it has no tests
 	case t.name == "":
-		word := map[string]string{"pass": "ok  ", "fail": "FAIL", "skip": "--  "}[e.Action]
+		word := map[string]string{"pass": "ok  ", "fail": "FAIL"}[e.Action]
 		fmt.Printf("%s %s %.1fs\n", word, t.pkg, e.Elapsed)
 		if e.Action == "fail" {
 			fmt.Print(strings.Join(r.output[t], ""))
