@@ -197,3 +197,17 @@ func TestNothingIsLeftOfEndedProcesses(t *testing.T) {
 	}
 	eventually(t, "descriptors are back to what they were", func() bool { return count() <= before+2 })
 }
+
+func TestInputThatNobodyReadsFailsWhenTheProcessEnds(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	// A child keeps the pipe open and does not read it: only the end of the
+	// process tells that nobody will.
+	s, id := start(t, t.Context(), c, &process.StartRequest{Process: &process.ProcessConfig{
+		Cmd: "/bin/bash", Args: []string{"-c", "sleep 3 <&0 & echo up; sleep 0.3"}}})
+	if !s.Receive() {
+		t.Fatal(s.Err())
+	}
+	_, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: stdinOf(strings.Repeat("x", 1<<20))})
+	wantCode(t, err, connect.CodeInternal, "process has ended")
+}

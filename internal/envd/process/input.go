@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"time"
 )
 
@@ -15,7 +16,8 @@ var errInputClosed = errors.New("input is closed")
 type input struct {
 	turn   chan struct{} // holds one token: whose turn it is
 	file   *os.File
-	closed bool // guarded by turn
+	closed bool        // guarded by turn
+	gone   atomic.Bool // the process has ended
 }
 
 func newInput(file *os.File) *input {
@@ -31,7 +33,7 @@ func (in *input) write(ctx context.Context, data []byte) error {
 		return ctx.Err()
 	}
 	defer func() { <-in.turn }()
-	if in.closed {
+	if in.closed || in.gone.Load() {
 		return errInputClosed
 	}
 	interrupted := make(chan struct{})
@@ -45,6 +47,9 @@ func (in *input) write(ctx context.Context, data []byte) error {
 		in.file.SetWriteDeadline(time.Time{})
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
+		if in.gone.Load() {
+			return errGone
+		}
 		return ctx.Err()
 	}
 	if err != nil {
@@ -70,6 +75,7 @@ func (in *input) close(ctx context.Context) error {
 
 // abort ends the write under way and refuses further ones: the process is gone.
 func (in *input) abort() {
+	in.gone.Store(true)
 	in.file.SetWriteDeadline(time.Unix(1, 0))
 	in.turn <- struct{}{}
 	defer func() { <-in.turn }()
