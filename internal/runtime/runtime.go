@@ -53,7 +53,7 @@ type Config struct {
 	Dir       string        // directory of the instance's own; made by the caller, removed by the caller
 	GuestInit string        // host path of the static guest agent that becomes the guest's pid 1
 	InitArgs  []string      // its arguments, without argv[0]
-	Slot      *network.Slot // the network it is put into; owned by the caller
+	Slot      *network.Slot // the network it is put into, prepared for this start; owned by the caller
 	Hostname  string
 	Resources sandbox.Resources
 }
