@@ -23,6 +23,8 @@ type entry struct {
 	*Process
 	config *rpc.ProcessConfig
 	tag    *string
+
+	expires time.Time // once it has ended: when it is forgotten
 }
 
 // table finds processes by what clients call them.
@@ -59,20 +61,27 @@ func (t *table) retire(e *entry) {
 			old.out.discard()
 		}
 	}
-	time.AfterFunc(keepEnded, func() { t.forget(e) })
+	e.expires = time.Now().Add(keepEnded)
+	if len(t.ended) == 1 {
+		time.AfterFunc(keepEnded, t.expire)
+	}
 }
 
-func (t *table) forget(e *entry) {
+// expire forgets the processes whose time is up. One timer is pending while any
+// are kept, rather than one for each, which would hold on to it for its time
+// even after it had to give way.
+func (t *table) expire() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if i := slices.Index(t.ended, e); i >= 0 {
-		t.ended = slices.Delete(t.ended, i, i+1)
+	now := time.Now()
+	t.ended = slices.DeleteFunc(t.ended, func(e *entry) bool { return !e.expires.After(now) })
+	if len(t.ended) > 0 {
+		time.AfterFunc(t.ended[0].expires.Sub(now), t.expire)
+		return
 	}
-	if len(t.ended) == 0 {
-		// A while without commands: what the last ones left as garbage goes back
-		// to the system, which may hold hundreds of idle sandboxes.
-		go debug.FreeOSMemory()
-	}
+	// A while without commands: what the last ones left as garbage goes back to
+	// the system, which may hold hundreds of idle sandboxes.
+	go debug.FreeOSMemory()
 }
 
 // running returns the live processes, by pid.
