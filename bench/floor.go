@@ -3,6 +3,7 @@ package bench
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -16,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/runtime/gvisor"
 )
 
 // floor makes sandboxes with nothing of the platform: the bare commands `runsc
@@ -57,9 +59,11 @@ func newFloor(ctx context.Context, dataDir string) (*floor, error) {
 }
 
 func (f *floor) close(ctx context.Context) error {
-	err := f.slots.Close(ctx)
-	os.RemoveAll(f.dir)
-	return err
+	return errors.Join(
+		f.slots.Close(ctx),
+		gvisor.RemoveAll(filepath.Join(f.dir, "root"), floorTag),
+		os.RemoveAll(f.dir),
+	)
 }
 
 // measure makes one sandbox and returns the time from `runsc create` to the

@@ -195,10 +195,11 @@ func (p *platform) startAgent(ctx context.Context) (hostagentconnect.HostAgentCl
 		return nil, err
 	}
 	p.onStop(func(ctx context.Context) error {
-		if !p.kill {
-			return a.Detach(ctx)
+		end := a.Detach
+		if p.kill {
+			end = a.Shutdown
 		}
-		return errors.Join(a.Shutdown(ctx), rt.Close())
+		return errors.Join(end(ctx), rt.Close())
 	})
 
 	meeting := newInMemoryListener()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -85,7 +86,7 @@ func newHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := network.RemoveAll(context.Background(), h.tag); err != nil {
+		if err := errors.Join(network.RemoveAll(context.Background(), h.tag), gvisor.RemoveAll(filepath.Join(dir, "runsc"), h.tag)); err != nil {
 			t.Error(err)
 		}
 	})
