@@ -141,7 +141,7 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 	err = p.plane.PutTemplate(ctx, store.Template{
 		ID: build.TemplateID, Alias: build.Alias, TeamID: team.ID, Public: true, BuildID: build.ID,
 		CPUs: build.CPUs, MemoryMiB: build.MemoryMiB, DiskMiB: build.DiskMiB,
-		User: build.DefaultUser, Workdir: build.DefaultWorkdir, EnvdVersion: envd.Version, Created: build.Created,
+		User: build.DefaultUser, Workdir: build.DefaultWorkdir, EnvVars: build.Env, EnvdVersion: envd.Version, Created: build.Created,
 	})
 	if err != nil {
 		return fmt.Errorf("register base template: %w", err)

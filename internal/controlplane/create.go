@@ -79,7 +79,7 @@ func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, tpl store.
 			Cpus: int32(b.Spec.Resources.CPUs), MemoryMib: b.Spec.Resources.MemoryMiB,
 			DiskMib: b.Spec.Resources.DiskMiB, Pids: b.Spec.Resources.PIDs,
 		},
-		EnvVars: b.Spec.EnvVars, AllowInternetAccess: b.Spec.AllowInternetAccess,
+		EnvVars: environment(tpl, b.Spec), AllowInternetAccess: b.Spec.AllowInternetAccess,
 		DefaultUser: tpl.User, DefaultWorkdir: tpl.Workdir,
 	}
 	if b.Spec.Secured {
@@ -107,6 +107,14 @@ func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, tpl store.
 		return fmt.Errorf("record sandbox as running: %w", err)
 	}
 	return nil
+}
+
+// environment is what the template sets, and over it what the creator does.
+func environment(tpl store.Template, spec sandbox.Spec) map[string]string {
+	env := make(map[string]string, len(tpl.EnvVars)+len(spec.EnvVars))
+	maps.Copy(env, tpl.EnvVars)
+	maps.Copy(env, spec.EnvVars)
+	return env
 }
 
 // abandon tears a failed create down and returns what its caller is told. It

@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // ErrNoFreeSlot says that every address of the range is taken.
@@ -18,6 +20,9 @@ var ErrNoFreeSlot = errors.New("no network slot is free: choose a larger range w
 
 // ErrClosed is returned by Acquire once the pool is closed.
 var ErrClosed = errors.New("network pool is closed")
+
+// rangeLock is held while a platform chooses its range.
+const rangeLock = "/run/wrenn-network.lock"
 
 // Pool makes slots, keeps some ready and knows which are in use. It is safe for
 // concurrent use.
@@ -106,24 +111,38 @@ func (p *Pool) setUpHost(ctx context.Context, inUse []int) error {
 	if err := enableForwarding(); err != nil {
 		return err
 	}
-	cidr, err := chooseCIDR(p.cfg.Tag, p.cfg.CIDR)
-	if err != nil {
+	if err := p.takeRange(); err != nil {
 		return err
 	}
-	p.cfg.CIDR = cidr
 	if err := p.sweep(ctx, inUse); err != nil {
 		return err
 	}
 	if err := installHostTable(p.cfg); err != nil {
 		return err
 	}
-	if err := holdRange(p.cfg.Tag, cidr); err != nil {
-		return err
-	}
 	if err := warnOfForwardDrop(p.cfg.Tag, p.log); err != nil {
 		p.log.Warn("cannot see whether another firewall keeps sandboxes off the internet", "error", err)
 	}
 	return nil
+}
+
+// takeRange chooses the range and holds it, one platform of the host at a time:
+// two that start at once must not choose the same.
+func (p *Pool) takeRange() error {
+	lock, err := os.OpenFile(rangeLock, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("lock network ranges: %w", err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock network ranges: %w", err)
+	}
+	cidr, err := chooseCIDR(p.cfg.Tag, p.cfg.CIDR)
+	if err != nil {
+		return err
+	}
+	p.cfg.CIDR = cidr
+	return holdRange(p.cfg.Tag, cidr)
 }
 
 // sweep adopts the slots of inUse and removes all others of the tag.

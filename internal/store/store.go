@@ -70,8 +70,9 @@ type Template struct {
 	CPUs        int
 	MemoryMiB   int64
 	DiskMiB     int64
-	User        string // default user of processes
-	Workdir     string // default working directory
+	User        string            // default user of processes
+	Workdir     string            // default working directory
+	EnvVars     map[string]string // environment of every process, before the creator's
 	EnvdVersion string
 	Created     time.Time
 	Updated     time.Time

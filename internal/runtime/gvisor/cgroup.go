@@ -214,6 +214,37 @@ func (hs hierarchies) limitMemory(group string, bytes int64) error {
 	return nil
 }
 
+// oomEvents returns a file that becomes readable whenever the group is out of
+// memory. It is nil on version 2, where the kernel ends the whole group by itself
+// (memory.oom.group). Interface: kernel docs, cgroup-v1/memory.rst, section 10.
+func (hs hierarchies) oomEvents(group string) (_ *os.File, err error) {
+	path, isV2 := hs.file(group, "memory", "memory.oom_control", "")
+	if isV2 || path == "" {
+		return nil, nil
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("watch memory of cgroup %s: %w", group, err)
+		}
+	}()
+	control, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer control.Close()
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, err
+	}
+	events := os.NewFile(uintptr(fd), "oom events")
+	register := fmt.Sprintf("%d %d", fd, control.Fd())
+	if err := os.WriteFile(filepath.Join(filepath.Dir(path), "cgroup.event_control"), []byte(register), 0); err != nil {
+		events.Close()
+		return nil, err
+	}
+	return events, nil
+}
+
 // outOfMemory reports whether the kernel ended a process of the group because
 // the group used all its memory.
 func (hs hierarchies) outOfMemory(group string) bool {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,6 +35,8 @@ type instance struct {
 	raw   json.RawMessage
 
 	engine *handle
+	oom    *os.File    // readable when the guest is out of memory; nil where the kernel needs no help
+	oomed  atomic.Bool // it was
 	done   chan struct{}
 	exit   runtime.Exit // set before done is closed
 
@@ -60,13 +63,23 @@ func (r *Runtime) open(id sandbox.ID, st state) (*instance, error) {
 		return nil, err
 	}
 	i := &instance{rt: r, id: id, state: st, raw: raw, engine: engine, done: make(chan struct{})}
+	if i.oom, err = r.cgroups.oomEvents(group(r.cfg.Tag, id)); err != nil {
+		engine.close()
+		return nil, err
+	}
 	r.work.Go(i.watch)
+	if i.oom != nil {
+		r.work.Go(i.watchMemory)
+	}
 	return i, nil
 }
 
 // watch waits for the end of the engine, or of the runtime.
 func (i *instance) watch() {
 	defer i.engine.close()
+	if i.oom != nil {
+		defer i.oom.Close()
+	}
 	stop := context.AfterFunc(i.rt.ctx, func() { i.engine.pidfd.SetReadDeadline(time.Now()) })
 	defer stop()
 	if err := i.engine.wait(); err != nil {
@@ -83,6 +96,24 @@ func (i *instance) watch() {
 	close(i.done)
 }
 
+// watchMemory ends the engine when the guest has used up its memory. The kernel
+// ends one process of its choice then; when that is one of the guest's, the
+// sandbox would go on with a part missing that nobody was told of.
+func (i *instance) watchMemory() {
+	var count [8]byte
+	for {
+		if _, err := i.oom.Read(count[:]); err != nil {
+			return // closed: the engine has ended, or the runtime is closed
+		}
+		// The removal of the cgroup is an event too.
+		if !i.rt.cgroups.exists(group(i.rt.cfg.Tag, i.id)) {
+			return
+		}
+		i.oomed.Store(true)
+		_ = i.engine.kill() // it may have been the kernel's choice
+	}
+}
+
 // explain finds out why the engine ended, while its cgroup and files are there.
 func (i *instance) explain() runtime.Exit {
 	status, known := i.engine.exitStatus() // reaps it, so always
@@ -91,7 +122,7 @@ func (i *instance) explain() runtime.Exit {
 	stopped := i.stopping
 	i.mu.Unlock()
 	switch {
-	case cg.outOfMemory(name):
+	case i.oomed.Load() || cg.outOfMemory(name):
 		return runtime.Exit{
 			OutOfMemory: true,
 			Reason:      fmt.Sprintf("out of memory: the sandbox exceeded its limit of %d MiB", i.state.MemoryMiB),

@@ -103,7 +103,7 @@ func testAPIKeys(t *testing.T, s store.Store) {
 
 func testTemplates(t *testing.T, s store.Store) {
 	ctx := t.Context()
-	base := store.Template{
+	base := store.Template{EnvVars: map[string]string{"LANG": "C.UTF-8"},
 		ID: "tpl1", Alias: "base", TeamID: "t1", Public: true, BuildID: "b1", CPUs: 2, MemoryMiB: 512, DiskMiB: 1024,
 		User: "user", Workdir: "/home/user", EnvdVersion: "0.6.13", Created: Epoch, Updated: Epoch,
 	}
