@@ -73,7 +73,7 @@ func (f *floor) measure(ctx context.Context, id string) (took time.Duration, err
 	if err != nil {
 		return 0, err
 	}
-	defer f.slots.Release(context.WithoutCancel(ctx), slot)
+	defer func() { err = errors.Join(err, f.slots.Release(context.WithoutCancel(ctx), slot)) }()
 	bundle := filepath.Join(f.dir, id)
 	if err := f.writeBundle(bundle, slot); err != nil {
 		return 0, err

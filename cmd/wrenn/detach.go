@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -144,7 +145,7 @@ func spawnPlatform(ctx context.Context, dir dataDir, out io.Writer) error {
 			fmt.Fprintln(out, line)
 		}
 	}
-	return fmt.Errorf("the platform ended while it was starting: %v", cmd.Wait())
+	return fmt.Errorf("the platform ended while it was starting: %w", cmp.Or(cmd.Wait(), errors.New("exit status 0")))
 }
 
 // selfCheck runs a line of Python in a new sandbox and says how to go on.

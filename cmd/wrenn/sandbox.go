@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -80,7 +81,7 @@ func findSandboxID(ctx context.Context, c *client.Client, prefix string) (string
 
 // noSandbox words a not-found error; others it leaves as they are.
 func noSandbox(id string, err error) error {
-	if kind := sandbox.Kind(err); kind != sandbox.ErrNotFound {
+	if !errors.Is(err, sandbox.ErrNotFound) {
 		return err
 	}
 	return &sandbox.Error{Kind: sandbox.ErrNotFound, Message: "no sandbox " + id + ": `wrenn sandbox ls` shows those there are"}

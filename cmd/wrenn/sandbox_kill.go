@@ -66,7 +66,7 @@ func killSandboxes(ctx context.Context, c *client.Client, prefixes []string, gon
 			return nil
 		})
 	}
-	group.Wait()
+	_ = group.Wait() // the failures are kept apart
 	if err := errors.Join(failures...); err != nil {
 		return fmt.Errorf("kill: %w", err)
 	}

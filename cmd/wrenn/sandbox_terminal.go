@@ -46,7 +46,7 @@ func openTerminal(in, out *os.File, interactive bool) (*terminal, error) {
 func (t *terminal) restore() {
 	signal.Stop(t.resize)
 	if t.before != nil {
-		term.Restore(int(t.in.Fd()), t.before)
+		_ = term.Restore(int(t.in.Fd()), t.before)
 		t.before = nil
 	}
 }

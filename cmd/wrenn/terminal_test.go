@@ -97,14 +97,6 @@ func (r *reader) await(pattern string) []string {
 	}
 }
 
-// rest waits for the end of the output and returns it.
-func (r *reader) rest() string {
-	for chunk := range r.chunks {
-		r.seen.Write(chunk)
-	}
-	return r.seen.String()
-}
-
 func exitCode(err error) int {
 	var exit *exec.ExitError
 	switch {

@@ -138,7 +138,7 @@ func (c *Client) call(ctx context.Context, op, method, path string, in, out any)
 		return nil, readError(op, resp)
 	}
 	if out == nil {
-		io.Copy(io.Discard, io.LimitReader(resp.Body, maxErrorBody)) // so that the connection can be used again
+		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxErrorBody)) // so that the connection can be used again
 		return resp.Header, nil
 	}
 	if err := json.NewDecoder(resp.Body).Decode(out); err != nil {
@@ -154,7 +154,7 @@ type goneTransport struct{ next http.RoundTripper }
 func (t goneTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	next := t.next
 	if next == nil {
-		next = http.DefaultTransport // only where the caller's own client asks for it
+		next = http.DefaultTransport //nolint:forbidigo // only where the caller's own client asks for it
 	}
 	resp, err := next.RoundTrip(req)
 	if err != nil || resp.StatusCode != http.StatusBadGateway {

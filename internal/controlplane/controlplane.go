@@ -10,6 +10,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -142,7 +143,7 @@ func (c *ControlPlane) owned(ctx context.Context, teamID string, id sandbox.ID) 
 	if err == nil && b.TeamID != teamID {
 		err = sandbox.ErrNotFound
 	}
-	if sandbox.Kind(err) == sandbox.ErrNotFound {
+	if errors.Is(err, sandbox.ErrNotFound) {
 		return b, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %q not found", id)
 	}
 	return b, err

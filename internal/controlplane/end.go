@@ -165,7 +165,7 @@ func (c *ControlPlane) EndAll(ctx context.Context, reason string) error {
 	for _, b := range live {
 		g.Go(func() error {
 			err := c.end(ctx, b.ID, outcome{state: sandbox.Stopped, reason: reason})
-			if sandbox.Kind(err) == sandbox.ErrNotFound {
+			if errors.Is(err, sandbox.ErrNotFound) {
 				return nil // it has ended meanwhile
 			}
 			return err

@@ -157,9 +157,7 @@ func (c *ControlPlane) expireDue(ctx context.Context, wg *sync.WaitGroup, now ti
 	for _, b := range due {
 		finish, err := c.claimEnd(ctx, b.ID, outcome{state: sandbox.Stopped, reason: "its timeout expired", ifEndsBy: now})
 		if err != nil {
-			if k := sandbox.Kind(err); k != sandbox.ErrConflict && k != sandbox.ErrNotFound {
-				errs = append(errs, err)
-			}
+			errs = append(errs, ignoreLost(err))
 			continue
 		}
 		wg.Go(func() {

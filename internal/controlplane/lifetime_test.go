@@ -222,7 +222,8 @@ func TestAccessTokensDependOnKeyAndSandbox(t *testing.T) {
 	r := newRig(t)
 	a, b := sandbox.NewID(), sandbox.NewID()
 	other := controlplane.New(controlplane.Config{Store: r.store, Agent: r.agent.Client, MasterKey: []byte("other")})
-	if len(r.AccessToken(a)) != 64 || r.AccessToken(a) != r.AccessToken(a) ||
+	first, again := r.AccessToken(a), r.AccessToken(a)
+	if len(first) != 64 || first != again ||
 		r.AccessToken(a) == r.AccessToken(b) || r.AccessToken(a) == other.AccessToken(a) {
 		t.Error("tokens are not what they should be")
 	}

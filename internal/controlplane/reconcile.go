@@ -51,7 +51,7 @@ func (c *ControlPlane) follow(ctx context.Context, wg *sync.WaitGroup) error {
 	if err != nil {
 		return err
 	}
-	defer stream.Close() //nolint:errcheck // it is over
+	defer stream.Close()
 	for first := true; stream.Receive(); first = false {
 		silence.Reset(watchSilence)
 		if first {
@@ -81,8 +81,8 @@ func (c *ControlPlane) onEnded(ctx context.Context, s *hostagent.SandboxStatus) 
 			return
 		}
 	}
-	err := c.fail(ctx, id, sandbox.Running, endReason(s), s.GetChangedAt().AsTime())
-	if k := sandbox.Kind(err); err != nil && k != sandbox.ErrConflict && k != sandbox.ErrNotFound && ctx.Err() == nil {
+	err := ignoreLost(c.fail(ctx, id, sandbox.Running, endReason(s), s.GetChangedAt().AsTime()))
+	if err != nil && ctx.Err() == nil {
 		c.log.Error("record end of sandbox", "sandbox", id, "err", err)
 	}
 }
@@ -263,7 +263,7 @@ func (c *ControlPlane) endInBackground(ctx context.Context, wg *sync.WaitGroup, 
 
 // ignoreLost drops the error of a change that somebody else was faster with.
 func ignoreLost(err error) error {
-	if k := sandbox.Kind(err); k == sandbox.ErrConflict || k == sandbox.ErrNotFound {
+	if errors.Is(err, sandbox.ErrConflict) || errors.Is(err, sandbox.ErrNotFound) {
 		return nil
 	}
 	return err

@@ -181,7 +181,7 @@ func bash(script string) *process.StartRequest {
 }
 
 // start starts a process and waits for its start event.
-func start(t *testing.T, ctx context.Context, c processconnect.ProcessClient, req *process.StartRequest) (*connect.ServerStreamForClient[process.StartResponse], uint32) {
+func start(ctx context.Context, t *testing.T, c processconnect.ProcessClient, req *process.StartRequest) (*connect.ServerStreamForClient[process.StartResponse], uint32) {
 	t.Helper()
 	s, err := c.Start(ctx, req)
 	if err != nil {
@@ -200,7 +200,7 @@ func start(t *testing.T, ctx context.Context, c processconnect.ProcessClient, re
 // run runs a process to its end.
 func run(t *testing.T, c processconnect.ProcessClient, req *process.StartRequest) *result {
 	t.Helper()
-	s, pid := start(t, t.Context(), c, req)
+	s, pid := start(t.Context(), t, c, req)
 	r := &result{pid: pid}
 	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
 	return r

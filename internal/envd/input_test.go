@@ -36,7 +36,7 @@ func TestStdinArrivesWholeAndEnds(t *testing.T) {
 	a := startAgent(t)
 	c := a.processes()
 	// Stdin is there also for clients that do not say whether they want it.
-	s, id := start(t, t.Context(), c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "cat"}})
+	s, id := start(t.Context(), t, c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "cat"}})
 	var want strings.Builder
 	for i := range 300 {
 		chunk := strings.Repeat(fmt.Sprintf("line %d\n", i), 100) // together more than a pipe holds
@@ -60,9 +60,9 @@ func TestStdinArrivesWholeAndEnds(t *testing.T) {
 
 func TestInputOfTheWrongKindIsRefused(t *testing.T) {
 	c := startAgent(t).processes()
-	_, piped := start(t, t.Context(), c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "sleep", Args: []string{"100"}}})
-	_, term := start(t, t.Context(), c, onTerminal("sleep 100"))
-	_, closed := start(t, t.Context(), c, bash("sleep 100"))
+	_, piped := start(t.Context(), t, c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "sleep", Args: []string{"100"}}})
+	_, term := start(t.Context(), t, c, onTerminal("sleep 100"))
+	_, closed := start(t.Context(), t, c, bash("sleep 100"))
 	defer func() {
 		for _, id := range []uint32{piped, term, closed} {
 			c.SendSignal(t.Context(), &process.SendSignalRequest{Process: pid(id), Signal: process.Signal_SIGNAL_SIGKILL})
@@ -95,7 +95,7 @@ func TestKeystrokesArriveInOrderAndNoneIsLost(t *testing.T) {
 	a := startAgent(t)
 	c := a.processes(connect.WithProtoJSON())
 	const strokes = 3000 // more than a terminal's input queue holds
-	s, id := start(t, t.Context(), c, onTerminal(fmt.Sprintf("stty raw -echo; printf R; sleep 0.3; head -c %d", strokes)))
+	s, id := start(t.Context(), t, c, onTerminal(fmt.Sprintf("stty raw -echo; printf R; sleep 0.3; head -c %d", strokes)))
 	if !s.Receive() || string(s.Msg().GetEvent().GetData().GetPty()) != "R" {
 		t.Fatalf("got %v, %v", s.Msg(), s.Err())
 	}
@@ -128,7 +128,7 @@ func TestKeystrokesArriveInOrderAndNoneIsLost(t *testing.T) {
 func TestATerminalHasASizeThatCanChange(t *testing.T) {
 	a := startAgent(t)
 	c := a.processes()
-	s, id := start(t, t.Context(), c, onTerminal(`test -t 0 && test -t 1 && tty >/dev/null && stty size; trap 'stty size; exit 3' WINCH; echo ready; while :; do sleep 0.05; done`))
+	s, id := start(t.Context(), t, c, onTerminal(`test -t 0 && test -t 1 && tty >/dev/null && stty size; trap 'stty size; exit 3' WINCH; echo ready; while :; do sleep 0.05; done`))
 	r := &result{}
 	for !strings.Contains(r.pty.String(), "ready") && s.Receive() {
 		r.add(s.Msg().GetEvent())
@@ -145,7 +145,7 @@ func TestATerminalHasASizeThatCanChange(t *testing.T) {
 func TestTwoClientsSeeOneTerminal(t *testing.T) {
 	a := startAgent(t)
 	c := a.processes()
-	s, id := start(t, t.Context(), c, onTerminal("read x; echo got $x"))
+	s, id := start(t.Context(), t, c, onTerminal("read x; echo got $x"))
 	second, err := c.Connect(t.Context(), &process.ConnectRequest{Process: pid(id)})
 	if err != nil {
 		t.Fatal(err)
@@ -203,7 +203,7 @@ func TestInputThatNobodyReadsFailsWhenTheProcessEnds(t *testing.T) {
 	c := a.processes()
 	// A child keeps the pipe open and does not read it: only the end of the
 	// process tells that nobody will.
-	s, id := start(t, t.Context(), c, &process.StartRequest{Process: &process.ProcessConfig{
+	s, id := start(t.Context(), t, c, &process.StartRequest{Process: &process.ProcessConfig{
 		Cmd: "/bin/bash", Args: []string{"-c", "sleep 3 <&0 & echo up; sleep 0.3"}}})
 	if !s.Receive() {
 		t.Fatal(s.Err())

@@ -185,7 +185,7 @@ func (u userHeader) WrapStreamingHandler(next connect.StreamingHandlerFunc) conn
 func TestASleepyReaderGetsEveryByte(t *testing.T) {
 	a := startAgent(t)
 	const size = 24 << 20 // many times what is kept
-	s, _ := start(t, t.Context(), a.processes(), bash(fmt.Sprintf("seq 1 100000000 | head -c %d", size)))
+	s, _ := start(t.Context(), t, a.processes(), bash(fmt.Sprintf("seq 1 100000000 | head -c %d", size)))
 	got := sha256.New()
 	n := 0
 	for i := 0; s.Receive(); i++ {
@@ -225,7 +225,7 @@ func TestAProcessOutlivesItsClientAndIsNotHeldUp(t *testing.T) {
 	a := startAgent(t)
 	done := filepath.Join(t.TempDir(), "done")
 	ctx, leave := context.WithCancel(t.Context())
-	_, id := start(t, ctx, a.processes(), bash("seq 1 2000000; echo fin > "+done+"; sleep 100"))
+	_, id := start(ctx, t, a.processes(), bash("seq 1 2000000; echo fin > "+done+"; sleep 100"))
 	leave()
 	eventually(t, "the process writes 14 MB that nobody reads and goes on", func() bool {
 		_, err := os.Stat(done)
@@ -275,7 +275,7 @@ func TestTheDeadlineKillsTheProcessAlsoAfterTheClientLeft(t *testing.T) {
 	a := startAgent(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
 	defer cancel()
-	s, id := start(t, ctx, a.processes(), bash("sleep 100 & wait"))
+	s, id := start(ctx, t, a.processes(), bash("sleep 100 & wait"))
 	for s.Receive() {
 		if s.Msg().GetEvent().GetEnd() != nil {
 			t.Error("the client saw the kill instead of the deadline")
@@ -284,7 +284,7 @@ func TestTheDeadlineKillsTheProcessAlsoAfterTheClientLeft(t *testing.T) {
 	wantCode(t, s.Err(), connect.CodeDeadlineExceeded, "")
 
 	ctx2, cancel2 := context.WithTimeout(t.Context(), 400*time.Millisecond)
-	_, id2 := start(t, ctx2, a.processes(), bash("sleep 100 & wait"))
+	_, id2 := start(ctx2, t, a.processes(), bash("sleep 100 & wait"))
 	cancel2()
 	for _, id := range []uint32{id, id2} {
 		eventually(t, "the process group is gone", func() bool { return syscall.Kill(-int(id), 0) == syscall.ESRCH })
@@ -317,7 +317,7 @@ func TestListShowsWhatRuns(t *testing.T) {
 	a := startAgent(t)
 	req := bash("sleep 100")
 	req.Tag = ptr("mine")
-	s, id := start(t, t.Context(), a.processes(), req)
+	s, id := start(t.Context(), t, a.processes(), req)
 	list := listed(t, a.processes())
 	if len(list) != 1 || list[0].GetPid() != id || list[0].GetTag() != "mine" || list[0].GetConfig().GetCmd() != "/bin/bash" {
 		t.Fatalf("got %v", list)
@@ -339,7 +339,7 @@ func TestASilentStreamIsKeptAlive(t *testing.T) {
 	a := startAgent(t)
 	ctx, info := connect.NewClientContext(t.Context())
 	info.RequestHeader().Set("Keepalive-Ping-Interval", "1")
-	s, _ := start(t, ctx, a.processes(), bash("sleep 1.5"))
+	s, _ := start(ctx, t, a.processes(), bash("sleep 1.5"))
 	r := &result{}
 	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
 	if r.keepalives != 1 {

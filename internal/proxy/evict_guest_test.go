@@ -77,7 +77,8 @@ func TestEvictClosesIdleConnections(t *testing.T) {
 	// The guest agent's port: its connections are kept longer than the test waits.
 	port, states := guestWithStates(t, "127.0.0.2:49983")
 	do(t, w.http1, w.request(t, "GET", idB, port, "/", nil))
-	for receive(t, states) != http.StateIdle {
+	for s := http.StateNew; s != http.StateIdle; {
+		s = receive(t, states)
 	}
 	w.kill(idB)
 	if s := receive(t, states); s != http.StateClosed {

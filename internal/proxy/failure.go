@@ -7,6 +7,7 @@ import (
 	"html/template"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/wrenn/wrenn/internal/sandbox"
@@ -32,14 +33,17 @@ func portClosed(d Destination) failure {
 func (p *Proxy) failResolve(s *stream, r *http.Request, err error) {
 	f := failure{SandboxID: s.dest.SandboxID}
 	message, _ := sandbox.Message(err)
-	switch kind := sandbox.Kind(err); {
-	case s.isAborted(), kind == sandbox.ErrNotFound, kind == sandbox.ErrInvalid:
+	is := func(kinds ...error) bool {
+		return slices.ContainsFunc(kinds, func(kind error) bool { return errors.Is(err, kind) })
+	}
+	switch {
+	case s.isAborted(), is(sandbox.ErrNotFound, sandbox.ErrInvalid):
 		f = notFound(s.dest)
 	case s.clientCtx.Err() != nil:
 		panic(http.ErrAbortHandler) // nobody is there to read an answer
-	case kind == sandbox.ErrConflict, kind == sandbox.ErrUnavailable, kind == sandbox.ErrExhausted:
+	case is(sandbox.ErrConflict, sandbox.ErrUnavailable, sandbox.ErrExhausted):
 		f.Message, f.Code = message, http.StatusServiceUnavailable
-	case kind == sandbox.ErrForbidden, kind == sandbox.ErrUnauthenticated:
+	case is(sandbox.ErrForbidden, sandbox.ErrUnauthenticated):
 		f.Message, f.Code = message, http.StatusForbidden
 	default:
 		p.log.Error("resolve sandbox", "sandbox", s.dest.SandboxID, "error", err)

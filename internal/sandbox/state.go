@@ -5,6 +5,7 @@ import "slices"
 // State is where a sandbox is in its life.
 type State string
 
+// The states, in the order of a life.
 const (
 	Pending  State = "pending"  // intent recorded, nothing made yet
 	Starting State = "starting" // the host agent is making it

@@ -68,7 +68,6 @@ type GetHostResponse struct {
 	Cpus           int32                  `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`
 	MemoryMib      int64                  `protobuf:"varint,4,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
 	Sandboxes      int32                  `protobuf:"varint,5,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"` // running now
-	EnvdVersion    string                 `protobuf:"bytes,6,opt,name=envd_version,json=envdVersion,proto3" json:"envd_version,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -136,13 +135,6 @@ func (x *GetHostResponse) GetSandboxes() int32 {
 		return x.Sandboxes
 	}
 	return 0
-}
-
-func (x *GetHostResponse) GetEnvdVersion() string {
-	if x != nil {
-		return x.EnvdVersion
-	}
-	return ""
 }
 
 type Resources struct {
@@ -1202,15 +1194,14 @@ var File_hostagent_hostagent_proto protoreflect.FileDescriptor
 const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"\x19hostagent/hostagent.proto\x12\thostagent\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n" +
-	"\x0eGetHostRequest\"\xc8\x01\n" +
+	"\x0eGetHostRequest\"\xa5\x01\n" +
 	"\x0fGetHostResponse\x12\x18\n" +
 	"\aruntime\x18\x01 \x01(\tR\aruntime\x12'\n" +
 	"\x0fruntime_version\x18\x02 \x01(\tR\x0eruntimeVersion\x12\x12\n" +
 	"\x04cpus\x18\x03 \x01(\x05R\x04cpus\x12\x1d\n" +
 	"\n" +
 	"memory_mib\x18\x04 \x01(\x03R\tmemoryMib\x12\x1c\n" +
-	"\tsandboxes\x18\x05 \x01(\x05R\tsandboxes\x12!\n" +
-	"\fenvd_version\x18\x06 \x01(\tR\venvdVersion\"m\n" +
+	"\tsandboxes\x18\x05 \x01(\x05R\tsandboxes\"m\n" +
 	"\tResources\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\x05R\x04cpus\x12\x1d\n" +
 	"\n" +

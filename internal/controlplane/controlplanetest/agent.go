@@ -167,7 +167,7 @@ func (a *Agent) up() error {
 
 // GetHost implements the RPC.
 func (a *Agent) GetHost(context.Context, *hostagent.GetHostRequest) (*hostagent.GetHostResponse, error) {
-	return &hostagent.GetHostResponse{Runtime: "memory", EnvdVersion: "0.6.13"}, nil
+	return &hostagent.GetHostResponse{Runtime: "memory"}, nil
 }
 
 // CreateSandbox implements the RPC.

@@ -21,6 +21,7 @@ const TokenHeader = "X-Access-Token"
 // Operation is what a signature allows.
 type Operation string
 
+// The operations of the /files route.
 const (
 	Read  Operation = "read"
 	Write Operation = "write"

@@ -147,7 +147,7 @@ type badInput struct{ io.Reader }
 
 func (b badInput) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		err = failf(http.StatusBadRequest, "error reading body: %w", err)
 	}
 	return n, err

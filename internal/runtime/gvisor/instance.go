@@ -90,7 +90,7 @@ func (i *instance) watch() {
 	// The gofer ends with the engine; as a child of ours it would stay a zombie.
 	if gofer, err := i.state.Gofer.open(); err == nil {
 		ctx, cancel := context.WithTimeout(i.rt.ctx, time.Second)
-		waitFor(ctx, gofer)
+		_ = waitFor(ctx, gofer) // the clean-up waits again
 		cancel()
 	}
 	close(i.done)

@@ -119,7 +119,7 @@ func exitProgram(status byte) ([]byte, error) {
 		uint32(1), uint32(5), uint64(0), uint64(base), uint64(base), size, size, uint64(4096),
 		code,
 	} {
-		binary.Write(&elf, binary.LittleEndian, field) // a bytes.Buffer never fails
+		_ = binary.Write(&elf, binary.LittleEndian, field) // a bytes.Buffer never fails
 	}
 	return elf.Bytes(), nil
 }

@@ -105,9 +105,16 @@ func (s *Store) Close() error {
 	return errors.Join(errs...)
 }
 
-func (s *Store) Teams() store.Teams         { return teams{s} }
-func (s *Store) APIKeys() store.APIKeys     { return apiKeys{s} }
+// Teams implements store.Store.
+func (s *Store) Teams() store.Teams { return teams{s} }
+
+// APIKeys implements store.Store.
+func (s *Store) APIKeys() store.APIKeys { return apiKeys{s} }
+
+// Templates implements store.Store.
 func (s *Store) Templates() store.Templates { return templates{s} }
+
+// Sandboxes implements store.Store.
 func (s *Store) Sandboxes() store.Sandboxes { return sandboxes{s} }
 
 // statements are the queries of the path that every create and kill goes.

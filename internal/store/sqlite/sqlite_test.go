@@ -95,7 +95,7 @@ func TestAcknowledgedWritesSurviveKill(t *testing.T) {
 				}
 			}
 		}
-		cmd.Wait() //nolint:errcheck // it was killed
+		_ = cmd.Wait() // it was killed
 		if len(acknowledged) < 200 {
 			t.Fatalf("the writer stopped by itself after %d writes", len(acknowledged))
 		}
