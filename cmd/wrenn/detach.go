@@ -169,7 +169,7 @@ Wrenn is up.
   log       %s
   try       bin/wrenn run%s -- python3 -c 'print(6*7)'
   SDKs      eval "$(bin/wrenn env%s)"    then use the E2B SDK as it is
-  stop      make down
-`, strings.TrimSpace(output), time.Since(begin).Milliseconds(), creds.APIURL, dir.log(), flag, flag)
+  stop      bin/wrenn down%s
+`, strings.TrimSpace(output), time.Since(begin).Milliseconds(), creds.APIURL, dir.log(), flag, flag, flag)
 	return nil
 }
