@@ -49,6 +49,11 @@ func (c *ControlPlane) claimEnd(ctx context.Context, id sandbox.ID, o outcome) (
 		return func() error {
 			select {
 			case <-e.done:
+				if !e.claimed {
+					// It came to nothing on grounds of its own, such as an expiry that
+					// was put off meanwhile.
+					return c.end(ctx, id, o)
+				}
 				return e.err
 			case <-ctx.Done():
 				return ctx.Err()
@@ -58,14 +63,14 @@ func (c *ControlPlane) claimEnd(ctx context.Context, id sandbox.ID, o outcome) (
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endLimit)
 	if err := c.moveToStopping(ctx, id, o); err != nil {
 		cancel()
-		c.ops.finishEnd(id, e, err)
+		c.ops.finishEnd(id, e, false, err)
 		return nil, err
 	}
 	c.forget(id)
 	return func() error {
 		defer cancel()
 		err := c.finishStopping(ctx, id, o)
-		c.ops.finishEnd(id, e, err)
+		c.ops.finishEnd(id, e, true, err)
 		return err
 	}, nil
 }

@@ -49,6 +49,57 @@ func TestAnExtendedSandboxOutlivesItsFirstEnd(t *testing.T) {
 	}
 }
 
+// hookedBoxes are a store's sandboxes with a word before every transition.
+type hookedBoxes struct {
+	store.Sandboxes
+	before func(store.Change)
+}
+
+func (b hookedBoxes) Transition(ctx context.Context, id sandbox.ID, from sandbox.State, c store.Change) error {
+	b.before(c)
+	return b.Sandboxes.Transition(ctx, id, from, c)
+}
+
+type hookedStore struct {
+	store.Store
+	before func(store.Change)
+}
+
+func (s hookedStore) Sandboxes() store.Sandboxes {
+	return hookedBoxes{s.Store.Sandboxes(), s.before}
+}
+
+func TestAKillDoesNotShareTheFateOfAnExpiryThatIsPutOff(t *testing.T) {
+	r := newRig(t)
+	expiring, proceed := make(chan struct{}), make(chan struct{})
+	r.store = hookedStore{r.store, func(c store.Change) {
+		if !c.IfEndsBy.IsZero() {
+			close(expiring)
+			<-proceed
+		}
+	}}
+	r.fresh()
+	r.run()
+	b := r.create(50 * time.Millisecond)
+	<-expiring
+	if err := r.SetTimeout(t.Context(), team, b.ID, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	killed := make(chan error, 1)
+	go func() { killed <- r.Kill(t.Context(), team, b.ID) }()
+	select {
+	case err := <-killed:
+		t.Fatalf("the kill did not wait for the expiry: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(proceed)
+	if err := <-killed; err != nil {
+		t.Error(err)
+	}
+	r.nothingLives()
+	r.await(b.ID, sandbox.Stopped)
+}
+
 func TestConnectAndRefreshOnlyExtend(t *testing.T) {
 	r := newRig(t)
 	b := r.create(time.Hour)

@@ -22,10 +22,12 @@ type creation struct {
 	done   chan struct{}
 }
 
-// ending is the teardown of a sandbox; err is valid once done is closed.
+// ending is the teardown of a sandbox; what follows done is valid once that is
+// closed.
 type ending struct {
-	done chan struct{}
-	err  error
+	done    chan struct{}
+	claimed bool // the sandbox was recorded as ending: it is not to be ended again
+	err     error
 }
 
 // beginCreate registers a creation; finish is to be called when the agent's
@@ -62,11 +64,11 @@ func (o *operations) beginEnd(id sandbox.ID) (*ending, bool) {
 	return e, true
 }
 
-func (o *operations) finishEnd(id sandbox.ID, e *ending, err error) {
+func (o *operations) finishEnd(id sandbox.ID, e *ending, claimed bool, err error) {
 	o.mu.Lock()
 	delete(o.ending, id)
 	o.mu.Unlock()
-	e.err = err
+	e.claimed, e.err = claimed, err
 	close(e.done)
 }
 
