@@ -21,8 +21,13 @@ import (
 // Port is where envd listens inside every sandbox.
 const Port = 49983
 
-// maxAnswer bounds what the host reads from a guest, which is not trusted.
-const maxAnswer = 4 << 20
+// Bounds of what the host reads from a guest, which is not trusted. They are
+// above what the guest agent keeps: 1 MiB of entries, each of 80 bytes or more.
+const (
+	maxAnswer  = 2 << 20  // bytes
+	maxHeader  = 64 << 10 // bytes
+	maxEntries = 1 << 14
+)
 
 // dial connects with a time limit that starts short and doubles. A SYN that
 // meets a guest network just being brought up is lost, and the kernel would
@@ -50,12 +55,18 @@ type Client struct {
 // empty where it has none. Close must be called.
 func NewClient(addr netip.Addr, token string) *Client {
 	c := &Client{
-		http: &http.Client{Transport: &http.Transport{
-			DialContext:         dial,
-			DisableCompression:  true,
-			MaxIdleConnsPerHost: 1,
-			IdleConnTimeout:     30 * time.Second,
-		}},
+		http: &http.Client{
+			Transport: &http.Transport{
+				DialContext:            dial,
+				DisableCompression:     true,
+				MaxIdleConnsPerHost:    1,
+				IdleConnTimeout:        30 * time.Second,
+				MaxResponseHeaderBytes: maxHeader,
+			},
+			// A guest that redirects would send the host, and the token with it,
+			// to places that only the host can reach.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
 		base: "http://" + netip.AddrPortFrom(addr, Port).String(),
 	}
 	c.SetToken(token)
@@ -137,7 +148,8 @@ type Metrics struct {
 // Metrics measures the sandbox from inside.
 func (c *Client) Metrics(ctx context.Context) (Metrics, error) {
 	var m Metrics
-	return m, c.get(ctx, "/metrics", &m)
+	err := c.get(ctx, "/metrics", func(body *json.Decoder) error { return body.Decode(&m) })
+	return m, err
 }
 
 // LogEntry is one line of the guest agent's log.
@@ -155,26 +167,56 @@ func (c *Client) Logs(ctx context.Context, after time.Time) ([]LogEntry, error) 
 	if !after.IsZero() {
 		ns = after.UnixNano()
 	}
-	var lines []struct {
-		Time    time.Time      `json:"time"`
-		Level   string         `json:"level"`
-		Message string         `json:"message"`
-		Fields  map[string]any `json:"fields"` // numbers and truth values, too
-	}
-	if err := c.get(ctx, "/logs?after="+strconv.FormatInt(ns, 10), &lines); err != nil {
-		return nil, err
-	}
-	entries := make([]LogEntry, len(lines))
-	for i, l := range lines {
-		entries[i] = LogEntry{Time: l.Time, Level: l.Level, Message: l.Message, Fields: make(map[string]string, len(l.Fields))}
-		for k, v := range l.Fields {
-			entries[i].Fields[k] = fmt.Sprint(v)
-		}
-	}
-	return entries, nil
+	var entries []LogEntry
+	err := c.get(ctx, "/logs?after="+strconv.FormatInt(ns, 10), func(body *json.Decoder) (err error) {
+		entries, err = decodeEntries(body)
+		return err
+	})
+	return entries, err
 }
 
-func (c *Client) get(ctx context.Context, path string, into any) error {
+// decodeEntries reads a list of entries one by one: a list as a whole could take
+// many times its length in memory.
+func decodeEntries(body *json.Decoder) ([]LogEntry, error) {
+	if start, err := body.Token(); err != nil {
+		return nil, err
+	} else if start != json.Delim('[') {
+		return nil, errors.New("not a list")
+	}
+	var entries []LogEntry
+	for body.More() {
+		if len(entries) == maxEntries {
+			return nil, fmt.Errorf("more than %d entries", maxEntries)
+		}
+		var line struct {
+			Time    time.Time                  `json:"time"`
+			Level   string                     `json:"level"`
+			Message string                     `json:"message"`
+			Fields  map[string]json.RawMessage `json:"fields"`
+		}
+		if err := body.Decode(&line); err != nil {
+			return nil, err
+		}
+		e := LogEntry{Time: line.Time, Level: line.Level, Message: line.Message, Fields: make(map[string]string, len(line.Fields))}
+		for name, value := range line.Fields {
+			e.Fields[name] = text(value)
+		}
+		entries = append(entries, e)
+	}
+	_, err := body.Token()
+	return entries, err
+}
+
+// text is what a string says, and of any other value the JSON.
+func text(value json.RawMessage) string {
+	var s string
+	if json.Unmarshal(value, &s) == nil && !bytes.Equal(value, []byte("null")) {
+		return s
+	}
+	return string(value)
+}
+
+func (c *Client) get(ctx context.Context, path string, decode func(*json.Decoder) error) error {
 	resp, err := c.do(ctx, http.MethodGet, path, nil)
 	if err != nil {
 		return err
@@ -183,9 +225,7 @@ func (c *Client) get(ctx context.Context, path string, into any) error {
 	if resp.StatusCode != http.StatusOK {
 		return statusError("get "+path+" from guest agent", resp)
 	}
-	dec := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer))
-	dec.UseNumber()
-	if err := dec.Decode(into); err != nil {
+	if err := decode(json.NewDecoder(io.LimitReader(resp.Body, maxAnswer))); err != nil {
 		return fmt.Errorf("decode guest agent's answer to %s: %w", path, err)
 	}
 	return nil
