@@ -52,14 +52,18 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 	switch rec.State {
 	case sandbox.Running:
 		inst, err := a.cfg.Runtime.Adopt(ctx, rec.ID, rec.RuntimeState)
-		if err == nil {
+		switch {
+		case err == nil:
 			m.inst = inst
 			return m, nil
-		}
-		if !errors.Is(err, sandbox.ErrNotFound) {
+		case errors.Is(err, sandbox.ErrNotFound):
+			reason = "the sandbox ended while the host agent was down"
+		case errors.Is(err, sandbox.ErrInvalid):
+			// It may be running, but nobody would know its end or its network.
+			reason = "the host agent's record of it was damaged"
+		default:
 			return nil, err
 		}
-		reason = "the sandbox ended while the host agent was down"
 	case sandbox.Stopping:
 		end, reason = sandbox.Stopped, "it was killed"
 	}

@@ -51,6 +51,9 @@ type Agent struct {
 // caller's context: freeing goes on when the caller has gone.
 const teardownLimit = 30 * time.Second
 
+// teardownRetry is the wait before what could not be freed is tried again.
+const teardownRetry = time.Second
+
 // Open takes over the sandboxes that an earlier agent with this directory left
 // running, frees those that it left half-made, and starts.
 func Open(ctx context.Context, cfg Config) (*Agent, error) {

@@ -82,7 +82,11 @@ func (a *Agent) create(ctx context.Context, req createRequest) (_ *managed, err 
 
 // build makes the parts of m in order. What it has made is in m, for teardown.
 func (a *Agent) build(ctx context.Context, m *managed, req createRequest, rootfs string) (err error) {
-	if m.slot, err = a.slots.Acquire(ctx, req.policy); err != nil {
+	m.slot, err = a.slots.Acquire(ctx, req.policy)
+	if errors.Is(err, network.ErrNoFreeSlot) {
+		return sandbox.Errorf(sandbox.ErrExhausted, "every network address is taken; kill sandboxes that are not needed, or start the platform with a larger --network-cidr")
+	}
+	if err != nil {
 		return fmt.Errorf("acquire network slot: %w", err)
 	}
 	m.mu.Lock()

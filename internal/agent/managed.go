@@ -83,9 +83,20 @@ func (a *Agent) monitor(m *managed, inst runtime.Instance) {
 	case <-m.gone:
 	case <-a.ctx.Done():
 	case <-inst.Done():
-		reason := inst.Exit().Reason
-		if err := a.teardown(m, sandbox.Failed, reason, true); err != nil {
-			a.log.Error("free ended sandbox", "sandbox", m.id, "err", err)
+		for {
+			err := a.teardown(m, sandbox.Failed, inst.Exit().Reason, true)
+			if err == nil {
+				return
+			}
+			// Nobody else comes for it: to all others it is running until it is freed.
+			a.log.Error("free ended sandbox", "sandbox", m.id, "err", err, "retry_in", teardownRetry)
+			select {
+			case <-m.gone:
+				return
+			case <-a.ctx.Done():
+				return
+			case <-time.After(teardownRetry):
+			}
 		}
 	}
 }

@@ -14,13 +14,21 @@ type obituary struct {
 	State  sandbox.State // Stopped or Failed
 	Reason string
 	Time   time.Time
-	Logs   []guest.LogEntry
+	Logs   []guest.LogEntry // nil once they had to give way to younger ones
+}
+
+func (ob obituary) logBytes() (n int) {
+	for _, e := range ob.Logs {
+		n += entrySize(e)
+	}
+	return n
 }
 
 const (
 	obituariesKept = 1000
 	obituaryAge    = time.Hour
-	watcherBuffer  = 256 // events; a watcher that falls further behind is cut off and lists anew
+	obituaryLogs   = 32 << 20 // bytes of logs, all sandboxes together
+	watcherBuffer  = 256      // events; a watcher that falls further behind is cut off and lists anew
 )
 
 // obituaries remembers the sandboxes that ended lately and tells watchers of
@@ -28,6 +36,7 @@ const (
 type obituaries struct {
 	mu       sync.Mutex
 	order    []obituary // oldest first
+	logBytes int        // of all in order
 	watchers map[chan obituary]struct{}
 }
 
@@ -42,7 +51,15 @@ func (o *obituaries) add(ob obituary, announce bool) {
 	for drop < len(o.order) && time.Since(o.order[drop].Time) > obituaryAge {
 		drop++
 	}
+	for _, old := range o.order[:drop] {
+		o.logBytes -= old.logBytes()
+	}
 	o.order = append(o.order[drop:], ob)
+	o.logBytes += ob.logBytes()
+	for i := 0; o.logBytes > obituaryLogs; i++ {
+		o.logBytes -= o.order[i].logBytes()
+		o.order[i].Logs = nil
+	}
 	if !announce {
 		return
 	}

@@ -67,7 +67,10 @@ func TestAHostileAnswerIsAnErrorAndCheap(t *testing.T) {
 		}
 	}
 	for name, answer := range map[string]http.HandlerFunc{
-		"entries without end":       func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "["); endless(w, "{},") },
+		"entries without end": func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "["); endless(w, "{},") },
+		"more entries than any agent keeps": func(w http.ResponseWriter, _ *http.Request) {
+			io.WriteString(w, "["+strings.Repeat("{},", 600_000)+"{}]")
+		},
 		"a string without end":      func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `["`); endless(w, "x") },
 		"nesting without end":       func(w http.ResponseWriter, _ *http.Request) { endless(w, "[") },
 		"spaces without end":        func(w http.ResponseWriter, _ *http.Request) { endless(w, " ") },
