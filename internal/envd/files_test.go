@@ -3,6 +3,7 @@ package envd_test
 import (
 	"bytes"
 	"compress/gzip"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"io"
@@ -396,6 +397,11 @@ func TestSignedURLsOpenOneFileForOneOperation(t *testing.T) {
 	status, _, body := a.call(t, "GET", filesURL(path, "signature", read), nil, "X-Access-Token", "wrong")
 	if status != 401 || !strings.Contains(string(body), "does not match") {
 		t.Errorf("a wrong token beside a signature: got %d %s", status, body)
+	}
+	read = access.Sign(path, access.Read, "", token, "")
+	status, _, body = a.call(t, "GET", filesURL(path, "signature", read), nil, "Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte("nobody-signed-this:")))
+	if status != 200 {
+		t.Errorf("a user beside a signature that names none was heeded: got %d %s", status, body)
 	}
 	if status, _, _ := a.call(t, "GET", filesURL(path), nil, "X-Access-Token", token); status != 200 {
 		t.Errorf("the token alone: got %d", status)

@@ -91,7 +91,11 @@ func (h *Handler) allow(r *http.Request, query url.Values, op access.Operation) 
 	if err := h.guard.CheckFile(r.Header, query, op, time.Now()); err != nil {
 		return user.User{}, failure{http.StatusUnauthorized, err}
 	}
-	return h.user(query.Get("username"), r)
+	name := query.Get("username")
+	if name == "" && query.Has("signature") {
+		name = h.settings.User() // the header's user is not part of what was signed
+	}
+	return h.user(name, r)
 }
 
 func (h *Handler) user(name string, r *http.Request) (user.User, error) {
