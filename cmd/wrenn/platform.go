@@ -66,6 +66,9 @@ func startPlatform(ctx context.Context, dir dataDir, opts upOptions, progress io
 	if err != nil {
 		return nil, err
 	}
+	if err := dir.keepPrivate(); err != nil {
+		return nil, err
+	}
 	build, err := template.EnsureBase(ctx, template.Config{
 		Dir: dir.templates(), TrustHostCAs: !opts.NoHostCAs, Progress: progress, Log: log,
 	})
