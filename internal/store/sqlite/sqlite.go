@@ -51,6 +51,9 @@ func Open(ctx context.Context, path string) (_ *Store, err error) {
 	if err = s.prepare(ctx); err != nil {
 		return nil, err
 	}
+	if err = reserve(path + "-wal"); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
