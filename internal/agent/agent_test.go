@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,6 +35,7 @@ type host struct {
 	dir, tag string
 	envd     string
 	runtime  runtime.Runtime
+	cidr     netip.Prefix // zero: any
 }
 
 func newHost(t *testing.T) *host {
@@ -93,7 +95,7 @@ func (h *host) open(t *testing.T) (*agent.Agent, hostagentconnect.HostAgentClien
 	a, err := agent.Open(t.Context(), agent.Config{
 		Dir: filepath.Join(h.dir, "agent"), Templates: filepath.Join(h.dir, "templates"),
 		Runtime: h.runtime, GuestInit: h.envd,
-		Network: network.Config{Tag: h.tag, Ready: 2, Log: slog.New(slog.DiscardHandler)},
+		Network: network.Config{Tag: h.tag, CIDR: h.cidr, Ready: 2, Log: slog.New(slog.DiscardHandler)},
 		Log:     slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {

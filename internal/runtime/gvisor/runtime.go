@@ -17,9 +17,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/internal/runtime"
@@ -106,14 +109,24 @@ func RemoveAll(root, tag string) error {
 	if err != nil {
 		return fmt.Errorf("remove all sandboxes: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
-	defer cancel()
-	var errs []error
-	for _, name := range cgroups.children(parentGroup(tag)) {
-		errs = append(errs, free(ctx, cgroups, root, tag, sandbox.ID(name), ""))
+	ids := cgroups.children(parentGroup(tag))
+	states, _ := filepath.Glob(stateFile(root, "*"))
+	for _, path := range states {
+		id, _, _ := strings.Cut(filepath.Base(path), "_")
+		if !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
 	}
-	errs = append(errs, removeTraces(cgroups, root, tag))
-	return errors.Join(errs...)
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, id := range ids {
+		g.Go(func() error {
+			ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
+			defer cancel()
+			return free(ctx, cgroups, root, tag, sandbox.ID(id), "")
+		})
+	}
+	return errors.Join(g.Wait(), removeTraces(cgroups, root, tag))
 }
 
 // removeTraces removes what is there once per platform: the parent cgroup, and
@@ -266,7 +279,7 @@ func readState(root string, cfg runtime.Config) (state, error) {
 func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (runtime.Instance, error) {
 	var st state
 	if err := json.Unmarshal(raw, &st); err != nil {
-		return nil, fmt.Errorf("adopt sandbox %s: %w", id, err)
+		return nil, &sandbox.Error{Kind: sandbox.ErrInvalid, Message: fmt.Sprintf("the recorded state of sandbox %s is damaged", id), Cause: err}
 	}
 	inst, err := r.open(id, st)
 	if errors.Is(err, os.ErrProcessDone) {

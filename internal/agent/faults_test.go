@@ -1,0 +1,146 @@
+package agent_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn/wrenn/api/proto/hostagent"
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+func TestADamagedRecordCostsItsSandboxAndNoOther(t *testing.T) {
+	h := newHost(t)
+	first, c := h.open(t)
+	var ids []string
+	for range 4 {
+		id, err := create(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, id)
+	}
+	if err := first.Detach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for i, damage := range []func(map[string]any){
+		func(r map[string]any) { delete(r, "runtime_state") },
+		func(r map[string]any) { r["runtime_state"] = "x" },
+		func(r map[string]any) { r["runtime_state"] = map[string]any{} },
+	} {
+		path := filepath.Join(h.dir, "agent", "sandboxes", ids[i], "record.json")
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var r map[string]any
+		if err := json.Unmarshal(data, &r); err != nil {
+			t.Fatal(err)
+		}
+		damage(r)
+		if data, err = json.Marshal(r); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	second, c := h.open(t)
+	now := states(t, c)
+	for i, id := range ids {
+		want := sandbox.Failed
+		if i == 3 {
+			want = sandbox.Running
+		}
+		if s := now[id]; s.GetState() != string(want) {
+			t.Errorf("sandbox %d is %v, want %s", i, s, want)
+		}
+	}
+	if err := second.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.clean(t)
+}
+
+func TestWhenEveryAddressIsTakenCreatesSayWhatToDo(t *testing.T) {
+	h := newHost(t)
+	h.cidr = netip.MustParsePrefix("10.212.77.8/30") // two slots
+	a, c := h.open(t)
+	first, err := create(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := create(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := create(t.Context(), c); connect.CodeOf(err) != connect.CodeResourceExhausted || !strings.Contains(err.Error(), "--network-cidr") {
+		t.Errorf("third create: %v", err)
+	}
+	if _, err := c.StopSandbox(t.Context(), &hostagent.StopSandboxRequest{SandboxId: first}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := create(t.Context(), c); err != nil {
+		t.Errorf("create after one had ended: %v", err)
+	}
+	if err := a.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.clean(t)
+}
+
+// stubborn is a runtime whose instances cannot be stopped at the first try.
+type stubborn struct{ runtime.Runtime }
+
+func (s stubborn) Create(ctx context.Context, cfg runtime.Config) (runtime.Instance, error) {
+	i, err := s.Runtime.Create(ctx, cfg)
+	return &stubbornInstance{Instance: i}, err
+}
+
+type stubbornInstance struct {
+	runtime.Instance
+	asked atomic.Bool
+}
+
+func (i *stubbornInstance) Stop(ctx context.Context) error {
+	if !i.asked.Swap(true) {
+		return errors.New("device or resource busy")
+	}
+	return i.Instance.Stop(ctx)
+}
+
+func TestFreeingASandboxThatEndedByItselfIsTriedAgain(t *testing.T) {
+	h := newHost(t)
+	h.runtime = stubborn{h.runtime}
+	a, c := h.open(t)
+	id, err := create(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	ends, err := c.WatchSandboxes(ctx, &hostagent.WatchSandboxesRequest{})
+	if err != nil || !ends.Receive() {
+		t.Fatalf("watch: %v, %v", err, ends.Err())
+	}
+	killEngine(t, id)
+	for ends.Receive() && ends.Msg().Ended == nil {
+	}
+	if err := ends.Err(); err != nil {
+		t.Errorf("its end was not announced: %v", err)
+	}
+	cancel()
+	if err := a.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.clean(t)
+}
