@@ -67,28 +67,43 @@ func upDetached(ctx context.Context, dir dataDir, opts upOptions, out io.Writer)
 	if os.Geteuid() != 0 {
 		return errors.New("wrenn up makes network namespaces and cgroups and needs root: run it with sudo")
 	}
-	running, ok, err := findRunning(dir)
-	if err != nil {
-		return err
-	}
-	if ok && (running.Program != programID() || !reflect.DeepEqual(running.Options, opts)) {
-		fmt.Fprintln(out, "Replacing the running platform: it is another build or has other options. Its sandboxes go on.")
-		stopCtx, cancel := context.WithTimeout(ctx, stopLimit)
-		defer cancel()
-		if _, err := stopRunning(stopCtx, dir, syscall.SIGTERM); err != nil {
+	for waiting := false; ; {
+		running, ok, err := findRunning(ctx, dir)
+		switch {
+		case err != nil:
 			return err
+		case !ok:
+			err := spawnPlatform(ctx, dir, out)
+			if err == nil {
+				return selfCheck(ctx, dir, out)
+			}
+			if _, other, _ := findRunning(ctx, dir); !other {
+				return fmt.Errorf("%w\nIts log is %s", err, dir.log())
+			}
+			// Another start was faster.
+		case running.Program != programID() || !reflect.DeepEqual(running.Options, opts):
+			fmt.Fprintln(out, "Replacing the running platform: it is another build or has other options. Its sandboxes go on.")
+			stopCtx, cancel := context.WithTimeout(ctx, stopLimit)
+			_, err := stopRunning(stopCtx, dir, syscall.SIGTERM)
+			cancel()
+			if err != nil {
+				return err
+			}
+		case running.Ready:
+			return selfCheck(ctx, dir, out)
+		default:
+			if !waiting {
+				fmt.Fprintf(out, "Waiting for the platform that is starting (process %d); its log is %s\n", running.PID, dir.log())
+				waiting = true
+			}
+			time.Sleep(startPoll) // its lock file has no better way to tell
 		}
-		ok = false
 	}
-	if !ok {
-		if err := spawnPlatform(ctx, dir, out); err != nil {
-			return fmt.Errorf("%w\nIts log is %s", err, dir.log())
-		}
-	} else if !running.Ready {
-		return fmt.Errorf("a platform (process %d) is starting on %s; wait for it, its log is %s", running.PID, dir, dir.log())
-	}
-	return selfCheck(ctx, dir, out)
 }
+
+// startPoll is how often the start of a platform that another process started is
+// looked at.
+const startPoll = 50 * time.Millisecond
 
 // spawnPlatform starts this program's `up` with the same flags less --detach, in
 // a session of its own, and relays its progress until it is ready.

@@ -38,14 +38,14 @@ func down(ctx context.Context, data string, out io.Writer) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, stopLimit)
 	defer cancel()
-	was, err := stopRunning(ctx, dir, syscall.SIGINT)
+	lock, was, err := stopAndLock(ctx, dir)
 	if err != nil {
 		return fmt.Errorf("%w; its log is %s", err, dir.log())
 	}
-	// Even when one was running: it may have been the one that was killed, and
-	// what it left is ended by starting and stopping in its place.
+	defer lock.release()
+	// Even when one was running: it may have been the one that was killed.
 	if err := endLeftovers(ctx, dir); err != nil {
-		return err
+		return fmt.Errorf("end what was left: %w", err)
 	}
 	if was {
 		fmt.Fprintln(out, "Wrenn is down and its sandboxes are gone.")
@@ -55,32 +55,35 @@ func down(ctx context.Context, data string, out io.Writer) error {
 	return nil
 }
 
+// stopAndLock stops the platform of dir and takes its place. Others may be about
+// the same: then it waits for them. was says whether a platform was running.
+func stopAndLock(ctx context.Context, dir dataDir) (lock *instanceLock, was bool, err error) {
+	for {
+		stopped, err := stopRunning(ctx, dir, syscall.SIGINT)
+		if err != nil {
+			return nil, was, err
+		}
+		was = was || stopped
+		if lock, err = acquireLock(dir); !errors.Is(err, errLocked) {
+			return lock, was, err
+		}
+	}
+}
+
 // endLeftovers ends the sandboxes that run without a platform, and removes what
-// a killed one had prepared.
+// a killed one had prepared. It goes by names on the host alone, so that nothing
+// in the data directory can keep it from that, damaged or gone. The records of
+// the sandboxes are corrected by the next platform.
 func endLeftovers(ctx context.Context, dir dataDir) error {
-	lock, err := acquireLock(dir)
-	if err != nil {
+	// The processes before their networks, their files last.
+	if err := gvisor.RemoveAll(dir.runsc(), dir.tag()); err != nil {
 		return err
 	}
-	defer lock.release()
-	left, err := os.ReadDir(dir.sandboxes())
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("look for sandboxes: %w", err)
+	if err := network.RemoveAll(ctx, dir.tag()); err != nil {
+		return err
 	}
-	if len(left) > 0 {
-		last, err := readLock(dir)
-		if err != nil {
-			return err
-		}
-		// As the last platform was started: the slots are in its address range.
-		last.Options.ReadySlots = 1
-		a, rt, err := openAgent(ctx, dir, last.Options, newLogger(io.Discard))
-		if err != nil {
-			return fmt.Errorf("take over what was left: %w", err)
-		}
-		if err := errors.Join(a.Shutdown(ctx), rt.Close()); err != nil {
-			return err
-		}
+	if err := os.RemoveAll(dir.sandboxes()); err != nil {
+		return fmt.Errorf("remove sandboxes' files: %w", err)
 	}
-	return errors.Join(network.RemoveAll(ctx, dir.tag()), gvisor.RemoveAll(dir.runsc(), dir.tag()))
+	return nil
 }

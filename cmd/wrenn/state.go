@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,6 +51,10 @@ func openDataDir(path string) (dataDir, error) {
 	}
 	if err != nil {
 		return "", fmt.Errorf("open data directory (choose another with --data): %w", err)
+	}
+	if strings.ContainsAny(abs, ",:\n") {
+		// The sandbox kernel takes paths in lists.
+		return "", fmt.Errorf("the data directory's name %q has a comma, a colon or a line break in it: choose another with --data", abs)
 	}
 	return dataDir(abs), nil
 }
@@ -120,15 +125,31 @@ func (l *instanceLock) release() { l.file.Close() }
 
 // findRunning returns what the platform of d says of itself, and false when
 // none is running.
-func findRunning(d dataDir) (runningPlatform, bool, error) {
-	var r runningPlatform
-	held, err := locked(d)
-	if err != nil || !held {
-		return r, false, err
+func findRunning(ctx context.Context, d dataDir) (runningPlatform, bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, introductionLimit)
+	defer cancel()
+	for {
+		held, err := locked(d)
+		if err != nil || !held {
+			return runningPlatform{}, false, err
+		}
+		// What is read may be half written, or of a platform that ran before: the
+		// one that has just taken the lock is about to replace it.
+		r, err := readLock(d)
+		if err == nil && hasOpen(r.PID, d.lock()) {
+			return r, true, nil
+		}
+		select {
+		case <-time.After(10 * time.Millisecond): // a file has no better way to tell
+		case <-ctx.Done():
+			return r, true, fmt.Errorf("some process has locked %s and does not say that it is a platform: %w", d.lock(), errors.Join(err, ctx.Err()))
+		}
 	}
-	r, err = readLock(d)
-	return r, true, err
 }
+
+// introductionLimit bounds the wait for who has the lock to say who it is, or to
+// let go of it as `wrenn down` does when it has cleaned up.
+const introductionLimit = time.Minute
 
 // readLock returns what the platform that runs on d, or ran there last, said of
 // itself.
@@ -144,10 +165,26 @@ func readLock(d dataDir) (runningPlatform, error) {
 	return r, nil
 }
 
+// hasOpen reports whether the process has the file open.
+func hasOpen(pid int, path string) bool {
+	want, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	fds := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, _ := os.ReadDir(fds)
+	for _, e := range entries {
+		if got, err := os.Stat(filepath.Join(fds, e.Name())); err == nil && os.SameFile(want, got) {
+			return true
+		}
+	}
+	return false
+}
+
 // stopRunning signals the platform of d and waits until it has let go of the
 // data directory. It reports false when none was running.
 func stopRunning(ctx context.Context, d dataDir, sig unix.Signal) (bool, error) {
-	r, running, err := findRunning(d)
+	r, running, err := findRunning(ctx, d)
 	if err != nil || !running {
 		return false, err
 	}
@@ -161,7 +198,7 @@ func stopRunning(ctx context.Context, d dataDir, sig unix.Signal) (bool, error) 
 		return true, fmt.Errorf("find platform process %d: %w", r.PID, err)
 	}
 	defer unix.Close(fd)
-	if again, still, err := findRunning(d); err != nil || !still || again.PID != r.PID {
+	if again, still, err := findRunning(ctx, d); err != nil || !still || again.PID != r.PID {
 		return true, err
 	}
 	if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil {
