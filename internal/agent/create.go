@@ -76,7 +76,7 @@ func (a *Agent) create(ctx context.Context, req createRequest) (_ *managed, err 
 		}
 		return nil, fmt.Errorf("create sandbox %s: %w", req.id, err)
 	}
-	a.log.Info("sandbox started", "sandbox", m.id, "build", req.buildID, "took", time.Since(m.rec.Created))
+	a.log.Info("sandbox started", "sandbox", m.id, "build", req.buildID, "took", time.Since(m.rec.Created), "of_that_engine", m.engineTook)
 	return m, nil
 }
 
@@ -101,6 +101,7 @@ func (a *Agent) build(ctx context.Context, m *managed, req createRequest, rootfs
 	if err := m.slot.Prepare(); err != nil {
 		return fmt.Errorf("prepare network slot: %w", err)
 	}
+	begin := time.Now()
 	m.inst, err = a.cfg.Runtime.Create(ctx, runtime.Config{
 		ID: m.id, RootFS: rootfs, Dir: m.dir,
 		GuestInit: a.cfg.GuestInit,
@@ -109,6 +110,7 @@ func (a *Agent) build(ctx context.Context, m *managed, req createRequest, rootfs
 	if err != nil {
 		return fmt.Errorf("start runtime: %w", err)
 	}
+	m.engineTook = time.Since(begin)
 	client := guest.NewClient(m.slot.HostAddr, req.accessToken)
 	m.serving(m.slot.HostAddr, client)
 	version, err := a.announce(ctx, m.inst, client, req)

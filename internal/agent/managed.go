@@ -29,6 +29,8 @@ type managed struct {
 	inst runtime.Instance // nil before it is made
 	torn bool
 
+	engineTook time.Duration // to start the runtime; for the log
+
 	mu      sync.Mutex // guards what follows
 	rec     record
 	addr    netip.Addr // where the host reaches the guest; invalid before it serves
