@@ -30,7 +30,7 @@ func network(ctx context.Context) Result {
 	select {
 	case err := <-done:
 		if err != nil {
-			return fail(name, "load the modules veth, nf_tables, nft_chain_nat and nft_masq (modprobe), or run on a host that allows them", "%v", err)
+			return fail(name, "load the modules veth, nf_tables, nft_chain_nat, nft_masq and nft_connlimit (modprobe), or run on a host that allows them", "%v", err)
 		}
 		return ok(name, "network namespaces, links and address translation work")
 	case <-ctx.Done():
@@ -55,9 +55,9 @@ func tryNetwork() error {
 		Name: "nat", Table: table, Type: nftables.ChainTypeNAT,
 		Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource,
 	})
-	nft.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Masq{}}})
+	nft.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Connlimit{Count: 1}, &expr.Masq{}}})
 	if err := nft.Flush(); err != nil {
-		return fmt.Errorf("nftables refuses address translation: %w", err)
+		return fmt.Errorf("nftables refuses address translation or the counting of connections: %w", err)
 	}
 	return nil
 }

@@ -35,6 +35,7 @@ var (
 	icmp = l4proto(unix.IPPROTO_ICMP)
 
 	established = ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
+	newFlow     = ctBits(expr.CtKeySTATE, expr.CtStateBitNEW)
 	invalid     = ctBits(expr.CtKeySTATE, expr.CtStateBitINVALID)
 	dnatted     = ctBits(expr.CtKeySTATUS, 1<<5) // IPS_DST_NAT
 
@@ -125,6 +126,11 @@ func ctBits(key expr.CtKey, bits uint32) match {
 		},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}
+}
+
+// over matches when more than n connections have come by this rule and live on.
+func over(n uint32) match {
+	return match{&expr.Connlimit{Count: n, Flags: unix.NFT_LIMIT_F_INV}}
 }
 
 func direction(d byte) match {

@@ -10,6 +10,11 @@ import (
 
 const slotTable = "wrenn"
 
+// maxFlows bounds what a guest has under way with the outside at once. The host
+// tracks every connection in one table for all, 262144 entries on most machines,
+// and when that is full nobody gets a new one, the host's own services included.
+const maxFlows = 4096
+
 // installSlotTable runs in the NAT namespace, which has no rules yet.
 func installSlotTable(s *Slot, resolver netip.Addr) error {
 	c, err := nftables.New()
@@ -40,6 +45,7 @@ func installSlotTable(s *Slot, resolver netip.Addr) error {
 	addRule(c, fwd, invalid, drop)
 	addRule(c, fwd, iif(uplink), original, dnatted, accept)
 	addRule(c, fwd, iif(downlink), reply, accept)
+	addRule(c, fwd, iif(downlink), newFlow, over(maxFlows), drop)
 	addRule(c, fwd, jump(egress))
 	// What is not allowed fails at once instead of after the guest's timeout.
 	addRule(c, fwd, iif(downlink), tcp, resetTCP)

@@ -1,0 +1,59 @@
+package network
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestAGuestDoesNotFillTheHostsTableOfConnections(t *testing.T) {
+	tag := newTag(t)
+	buildOutside(t, tag)
+	p := openPool(t, Config{Tag: tag, Resolver: netip.MustParseAddr(resolverAddr), Ready: 1})
+	s := acquire(t, p, Policy{AllowInternet: true})
+	g := guest(t, s)
+	serve(t, g, "tcp", "0.0.0.0:8000")
+
+	const flows = 4 * maxFlows
+	before := trackedByHost(t)
+	begin := time.Now()
+	err := in(g, func() error {
+		c, err := net.ListenPacket("udp4", ":0")
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		for i := range flows {
+			to := &net.UDPAddr{IP: net.ParseIP(publicAddr), Port: 1 + i%65000}
+			// Refused once there are too many.
+			_, _ = c.WriteTo([]byte("x"), to)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d flows in %v", flows, time.Since(begin))
+	if grown := trackedByHost(t) - before; grown < maxFlows/2 || grown > maxFlows*5/4 {
+		t.Errorf("%d flows of a guest left %d entries with the host, want about %d", flows, grown, maxFlows)
+	}
+	answers(t, 0, "tcp", fmt.Sprint(s.HostAddr, ":8000")) // calls from outside are not the guest's doing
+}
+
+func trackedByHost(t *testing.T) int {
+	t.Helper()
+	text, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+	if err != nil {
+		t.Skip("connections are not counted here: ", err)
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
