@@ -108,10 +108,7 @@ const startPoll = 50 * time.Millisecond
 // spawnPlatform starts this program's `up` with the same flags less --detach, in
 // a session of its own, and relays its progress until it is ready.
 func spawnPlatform(ctx context.Context, dir dataDir, out io.Writer) error {
-	if err := os.MkdirAll(filepath.Dir(dir.log()), 0o755); err != nil {
-		return fmt.Errorf("make log directory: %w", err)
-	}
-	logFile, err := os.OpenFile(dir.log(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	logFile, err := openLog(dir.log())
 	if err != nil {
 		return fmt.Errorf("open log: %w", err)
 	}
@@ -161,6 +158,23 @@ func spawnPlatform(ctx context.Context, dir dataDir, out io.Writer) error {
 		}
 	}
 	return fmt.Errorf("the platform ended while it was starting: %w", cmp.Or(cmd.Wait(), errors.New("exit status 0")))
+}
+
+// maxLogSize is the size, in bytes, from which on a log is set aside at the next
+// start. One earlier log is kept.
+const maxLogSize = 64 << 20
+
+// openLog opens the log to append to.
+func openLog(path string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if fi, err := os.Stat(path); err == nil && fi.Size() > maxLogSize {
+		if err := os.Rename(path, path+".1"); err != nil {
+			return nil, err
+		}
+	}
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 }
 
 // selfCheck runs a line of Python in a new sandbox and says how to go on.

@@ -121,7 +121,7 @@ func (p *platform) listen() (server.Listeners, error) {
 func (p *platform) startControlPlane(ctx context.Context, build template.Build) error {
 	db, err := sqlite.Open(ctx, p.dir.database())
 	if err != nil {
-		return fmt.Errorf("open store: %w", err)
+		return fmt.Errorf("open store %s: %w", p.dir.database(), err)
 	}
 	p.onStop(func(context.Context) error { return db.Close() })
 	master, err := loadMasterKey(p.dir.masterKey())
@@ -187,6 +187,9 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 	if err != nil {
 		return nil, nil, fmt.Errorf("start host agent: %w", err)
 	}
+	if err := removeStaleBinaries(bin, dir.sandboxes(), runsc, envd); err != nil {
+		log.Warn("remove what earlier builds left", "err", err) // it costs room and nothing else
+	}
 	return a, rt, nil
 }
 
@@ -224,7 +227,7 @@ func (p *platform) startAgent(ctx context.Context) (hostagentconnect.HostAgentCl
 func (p *platform) admitOperator(ctx context.Context) (store.Team, error) {
 	creds, err := client.LoadCredentials(p.dir.credentials())
 	if err != nil && !errors.Is(err, client.ErrNoPlatform) {
-		return store.Team{}, err
+		return store.Team{}, fmt.Errorf("%w: restore the file, or remove it to get another API key", err)
 	}
 	if creds.APIKey == "" {
 		secret := make([]byte, 20)

@@ -132,10 +132,7 @@ func upForeground(ctx context.Context, dir dataDir, opts upOptions) error {
 }
 
 func runPlatform(ctx context.Context, dir dataDir, opts upOptions, parent *parentLink, log *slog.Logger) error {
-	lock, err := acquireLock(dir)
-	if errors.Is(err, errLocked) {
-		return fmt.Errorf("a platform is running on %s already: stop it with `wrenn down --data %s`, or choose another directory with --data", dir, dir)
-	}
+	lock, err := takeLock(ctx, dir)
 	if err != nil {
 		return err
 	}
@@ -183,6 +180,24 @@ func runPlatform(ctx context.Context, dir dataDir, opts upOptions, parent *paren
 		kill := sig == syscall.SIGINT
 		log.Info("stopping", "signal", sig.String(), "end_sandboxes", kill)
 		return p.stop(kill)
+	}
+}
+
+// takeLock takes the lock of dir, unless a platform has it: a `wrenn down` that
+// is cleaning up lets go of it in a moment.
+func takeLock(ctx context.Context, dir dataDir) (*instanceLock, error) {
+	for {
+		lock, err := acquireLock(dir)
+		if !errors.Is(err, errLocked) {
+			return lock, err
+		}
+		_, running, err := findRunning(ctx, dir)
+		if err != nil {
+			return nil, err
+		}
+		if running {
+			return nil, fmt.Errorf("a platform is running on %s already: stop it with `wrenn down --data %s`, or choose another directory with --data", dir, dir)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -67,5 +68,20 @@ func fill(t *testing.T, path string) {
 	}
 	if !errors.Is(err, unix.ENOSPC) {
 		t.Fatal(err)
+	}
+}
+
+func TestADamagedDatabaseSaysWhatToDo(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "wrenn.db")
+	if err := os.WriteFile(path, []byte("no database, but long enough to be taken for one: "+string(make([]byte, 4096))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Open(t.Context(), path)
+	if err == nil {
+		s.Close()
+		t.Fatal("opened")
+	}
+	if !strings.Contains(err.Error(), "backup") {
+		t.Error(err)
 	}
 }

@@ -85,6 +85,10 @@ func migrate(ctx context.Context, db *sql.DB) error {
 		return fmt.Errorf("prepare migrations: %w", err)
 	}
 	have, want, err := p.GetVersions(ctx)
+	var sqliteErr *driver.Error
+	if errors.As(err, &sqliteErr) && (sqliteErr.Code() == sqlite3.SQLITE_NOTADB || sqliteErr.Code()&0xff == sqlite3.SQLITE_CORRUPT) {
+		return fmt.Errorf("the database is damaged: restore it from a backup, or move it away, with its -wal and -shm, to start without any records, which ends the sandboxes that run: %w", err)
+	}
 	if err != nil {
 		return fmt.Errorf("read database schema version: %w", err)
 	}

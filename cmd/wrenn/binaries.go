@@ -1,0 +1,70 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// removeStaleBinaries removes from dir the copies of the sandbox kernel and the
+// guest agent that earlier builds of wrenn left, but for those in keep and those
+// that a sandbox was started with: its processes run the one, and its bundle in
+// the directory sandboxes names the other.
+func removeStaleBinaries(dir, sandboxes string, keep ...string) error {
+	var stale []string
+	for _, pattern := range []string{"runsc-*", "envd-*"} {
+		found, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil {
+			return err
+		}
+		stale = append(stale, found...)
+	}
+	stale = slices.DeleteFunc(stale, func(path string) bool { return slices.Contains(keep, path) })
+	if len(stale) == 0 {
+		return nil
+	}
+	used, err := usedBinaries(sandboxes)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, path := range stale {
+		if !used(path) {
+			errs = append(errs, os.Remove(path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// usedBinaries returns what tells whether a file is used by a process of this
+// host or named in the bundle of a sandbox.
+func usedBinaries(sandboxes string) (func(path string) bool, error) {
+	var bundles [][]byte
+	dirs, err := os.ReadDir(sandboxes)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	for _, d := range dirs {
+		data, err := os.ReadFile(filepath.Join(sandboxes, d.Name(), "config.json"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		bundles = append(bundles, data)
+	}
+	processes, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	running := make(map[string]bool)
+	for _, p := range processes {
+		if exe, err := os.Readlink(filepath.Join("/proc", p.Name(), "exe")); err == nil {
+			running[strings.TrimSuffix(exe, " (deleted)")] = true
+		}
+	}
+	return func(path string) bool {
+		return running[path] || slices.ContainsFunc(bundles, func(b []byte) bool { return bytes.Contains(b, []byte(filepath.Base(path))) })
+	}, nil
+}
