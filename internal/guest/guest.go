@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -129,8 +130,14 @@ func (c *Client) init(ctx context.Context, body []byte) (string, error) {
 	if resp.StatusCode != http.StatusNoContent {
 		return "", statusError("initialise guest agent", resp)
 	}
-	return resp.Header.Get("X-Envd-Version"), nil
+	version := resp.Header.Get("X-Envd-Version")
+	if !versionPattern.MatchString(version) {
+		return "", fmt.Errorf("initialise guest agent: malformed version %.40q", version)
+	}
+	return version, nil
 }
+
+var versionPattern = regexp.MustCompile(`^[0-9A-Za-z.+-]{0,40}$`)
 
 // Metrics is envd's view of the sandbox. Sizes are bytes; CPUUsedPct counts
 // 100 for each CPU that is fully used.
@@ -196,6 +203,10 @@ func decodeEntries(body *json.Decoder) ([]LogEntry, error) {
 		}
 		if err := body.Decode(&line); err != nil {
 			return nil, err
+		}
+		// JSON cannot carry every time that it can name: in UTC some are beyond 9999.
+		if year := line.Time.UTC().Year(); year < 1970 || year > 9999 {
+			return nil, fmt.Errorf("an entry of the year %d", year)
 		}
 		e := LogEntry{Time: line.Time, Level: line.Level, Message: line.Message, Fields: make(map[string]string, len(line.Fields))}
 		for name, value := range line.Fields {

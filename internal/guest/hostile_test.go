@@ -69,15 +69,18 @@ func TestAHostileAnswerIsAnErrorAndCheap(t *testing.T) {
 	for name, answer := range map[string]http.HandlerFunc{
 		"entries without end": func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "["); endless(w, "{},") },
 		"more entries than any agent keeps": func(w http.ResponseWriter, _ *http.Request) {
-			io.WriteString(w, "["+strings.Repeat("{},", 600_000)+"{}]")
+			io.WriteString(w, "["+strings.Repeat(`{"time":"2026-01-02T03:04:05Z"},`, 50_000)+"{}]")
 		},
-		"a string without end":      func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `["`); endless(w, "x") },
-		"nesting without end":       func(w http.ResponseWriter, _ *http.Request) { endless(w, "[") },
-		"spaces without end":        func(w http.ResponseWriter, _ *http.Request) { endless(w, " ") },
-		"a header beyond measure":   func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("x", 1<<20)) },
-		"an object":                 func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `{"time":"x"}`) },
-		"numbers":                   func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `[1,2]`) },
-		"half a list":               func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `[{}`) },
+		"a string without end":    func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `["`); endless(w, "x") },
+		"nesting without end":     func(w http.ResponseWriter, _ *http.Request) { endless(w, "[") },
+		"spaces without end":      func(w http.ResponseWriter, _ *http.Request) { endless(w, " ") },
+		"a header beyond measure": func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("x", 1<<20)) },
+		"an object":               func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `{"time":"x"}`) },
+		"numbers":                 func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `[1,2]`) },
+		"half a list":             func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `[{}`) },
+		"a time beyond JSON's": func(w http.ResponseWriter, _ *http.Request) {
+			io.WriteString(w, `[{"time":"9999-12-31T23:59:59-23:00"}]`)
+		},
 		"nothing":                   func(http.ResponseWriter, *http.Request) {},
 		"an answer that never ends": func(w http.ResponseWriter, r *http.Request) { w.(http.Flusher).Flush(); <-r.Context().Done() },
 	} {
@@ -94,6 +97,21 @@ func TestAHostileAnswerIsAnErrorAndCheap(t *testing.T) {
 			}
 			if took := (after.TotalAlloc - before.TotalAlloc) >> 20; took > 24 {
 				t.Errorf("it took %d MiB to refuse it", took)
+			}
+		})
+	}
+}
+
+func TestAVersionIsOneShortWord(t *testing.T) {
+	for version, good := range map[string]bool{"0.6.13": true, "1.0.0-rc.1+x": true, "": true, "1 <script>": false, strings.Repeat("1", 1000): false} {
+		t.Run(fmt.Sprintf("%.20q", version), func(t *testing.T) {
+			c := impostor(t, func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("X-Envd-Version", version)
+				w.WriteHeader(http.StatusNoContent)
+			})
+			got, err := c.Init(t.Context(), guest.InitRequest{})
+			if good != (err == nil) || (good && got != version) {
+				t.Errorf("got %q, %v", got, err)
 			}
 		})
 	}
