@@ -117,6 +117,10 @@ func environment(tpl store.Template, spec sandbox.Spec) map[string]string {
 	return env
 }
 
+// createFailed begins the reason of a sandbox that never ran: it tells a reconciler
+// that finds it ending how it is to end.
+const createFailed = "create failed: "
+
 // abandon tears a failed create down and returns what its caller is told. It
 // calls created once the teardown is in somebody's hands: a sandbox in transition
 // that nobody is working on is taken for the rest of a crash.
@@ -128,7 +132,7 @@ func (c *ControlPlane) abandon(ctx context.Context, b sandbox.Sandbox, cause err
 	if ctx.Err() != nil {
 		reason = "its creator went away while it was being created"
 	}
-	finish, err := c.claimEnd(context.WithoutCancel(ctx), b.ID, outcome{state: sandbox.Failed, reason: "create failed: " + reason})
+	finish, err := c.claimEnd(context.WithoutCancel(ctx), b.ID, outcome{state: sandbox.Failed, reason: createFailed + reason})
 	created()
 	if err == nil {
 		err = finish()

@@ -141,6 +141,19 @@ func TestASandboxThatEndsByItselfSaysWhy(t *testing.T) {
 	is(t, r.Kill(t.Context(), team, b.ID), sandbox.ErrNotFound)
 }
 
+func TestACreateThatFailedDuringARestartIsNotTakenForAKill(t *testing.T) {
+	r := newRig(t)
+	b := sandbox.Sandbox{
+		ID: sandbox.NewID(), TeamID: team, HostID: "h1", State: sandbox.Stopping,
+		Created: time.Now(), Reason: "create failed: its creator went away while it was being created",
+	}
+	if err := r.store.Sandboxes().Insert(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	r.run()
+	r.await(b.ID, sandbox.Failed)
+}
+
 func TestARestartMakesRecordsAndAgentAgree(t *testing.T) {
 	r := newRig(t)
 	insert := func(state sandbox.State) sandbox.ID {

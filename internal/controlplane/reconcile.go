@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -145,10 +146,14 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 				err = errors.Join(err, c.giveToken(ctx, b))
 			}
 		case b.State == sandbox.Stopping:
-			c.endInBackground(ctx, wg, b.ID, outcome{state: sandbox.Stopped, reason: b.Reason, from: b.State})
+			end := sandbox.Stopped
+			if strings.HasPrefix(b.Reason, createFailed) {
+				end = sandbox.Failed
+			}
+			c.endInBackground(ctx, wg, b.ID, outcome{state: end, reason: b.Reason, from: b.State})
 		default: // Pending, Starting: its creator never learned the id
 			c.endInBackground(ctx, wg, b.ID, outcome{
-				state: sandbox.Failed, reason: "create failed: the control plane restarted meanwhile", from: b.State,
+				state: sandbox.Failed, reason: createFailed + "the control plane restarted meanwhile", from: b.State,
 			})
 		}
 	}
