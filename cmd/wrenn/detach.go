@@ -96,7 +96,11 @@ func upDetached(ctx context.Context, dir dataDir, opts upOptions, out io.Writer)
 				fmt.Fprintf(out, "Waiting for the platform that is starting (process %d); its log is %s\n", running.PID, dir.log())
 				waiting = true
 			}
-			time.Sleep(startPoll) // its lock file has no better way to tell
+			select {
+			case <-time.After(startPoll): // its lock file has no better way to tell
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		}
 	}
 }
