@@ -64,6 +64,7 @@ func TestBadInputIsRefusedInTheClientsShape(t *testing.T) {
 		{"a variable with =", create, field("envVars", `{"A=B":"x"}`), 400, "envVars"},
 		{"a variable with NUL in its name", create, field("envVars", `{"A\u0000":"x"}`), 400, "envVars"},
 		{"a variable with NUL in its value", create, field("envVars", `{"A":"\u0000"}`), 400, "NUL"},
+		{"a variable that no program could be given", create, field("envVars", `{"A":`+quoted(128<<10-2, "x")+`}`), 400, "longer than 131070 bytes"},
 		{"a variable that is a list", create, field("envVars", `{"A":[]}`), 400, "want a string"},
 		{"internet of a wrong type", create, field("allow_internet_access", `"no"`), 400, "allow_internet_access: want a boolean"},
 		{"a network of a wrong type", create, field("network", `[]`), 400, "network"},

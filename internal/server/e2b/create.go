@@ -14,6 +14,9 @@ const (
 	defaultTimeoutV2 = 300 // seconds
 
 	maxMetadata = 64 << 10 // bytes of all names and values together
+	// maxVariable is what a kernel takes of NAME=VALUE and the NUL after it, in
+	// bytes. With a longer one nothing could be started.
+	maxVariable = 128 << 10
 	allTraffic  = "0.0.0.0/0"
 )
 
@@ -114,6 +117,9 @@ func (n newSandbox) checkPairs() error {
 		}
 		if strings.Contains(value, "\x00") {
 			return invalid("envVars: the value of %q holds a NUL character", clip(name))
+		}
+		if len(name)+len("=")+len(value)+len("\x00") > maxVariable {
+			return invalid("envVars: %q is longer than %d bytes with its value", clip(name), maxVariable-2)
 		}
 	}
 	size := 0
