@@ -37,7 +37,13 @@ It exits with 1 when something is missing without which sandboxes cannot run.`,
 				return err
 			}
 			// What cannot be asked (the directory is not there) does not run.
-			opts.Running, _ = locked(dataDir(opts.DataDir))
+			if running, _ := locked(dataDir(opts.DataDir)); running {
+				platform, _ := readLock(dataDir(opts.DataDir))
+				if !cmd.Flags().Changed("listen") {
+					opts.Listen = platform.Options.Listen
+				}
+				opts.Running = opts.Listen == platform.Options.Listen
+			}
 			results := doctor.Check(cmd.Context(), opts)
 			if asJSON {
 				err = printJSON(cmd.OutOrStdout(), results)
@@ -53,7 +59,7 @@ It exits with 1 when something is missing without which sandboxes cannot run.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&listen, "listen", defaultListen, "address that the platform is to listen on")
+	cmd.Flags().StringVar(&listen, "listen", defaultListen, "address that the platform is to listen on; while one runs, by default its address")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
 	return cmd
 }

@@ -79,12 +79,20 @@ func findSandboxID(ctx context.Context, c *client.Client, prefix string) (string
 	return "", fmt.Errorf("several sandboxes begin with %s: %s", prefix, strings.Join(matches, ", "))
 }
 
-// noSandbox words a not-found error; others it leaves as they are.
+// noSandbox words a not-found error; others it leaves as they are. Of a sandbox
+// that has ended the platform says for a while why.
 func noSandbox(id string, err error) error {
 	if !errors.Is(err, sandbox.ErrNotFound) {
 		return err
 	}
-	return &sandbox.Error{Kind: sandbox.ErrNotFound, Message: "no sandbox " + id + ": `wrenn sandbox ls` shows those there are"}
+	why := "`wrenn sandbox ls` shows those there are"
+	var answer *client.APIError
+	if errors.As(err, &answer) {
+		if _, end, ok := strings.Cut(answer.Message, " not found: "); ok {
+			why = printable(end)
+		}
+	}
+	return &sandbox.Error{Kind: sandbox.ErrNotFound, Message: "no sandbox " + id + ": " + why}
 }
 
 // parsePairs reads KEY=VALUE.

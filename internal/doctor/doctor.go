@@ -33,7 +33,7 @@ type Result struct {
 type Options struct {
 	DataDir string // of the platform; need not exist yet
 	Listen  string // HOST:PORT that the platform will listen on; empty skips the check
-	Running bool   // the platform runs on DataDir now, so its port is in use
+	Running bool   // the platform runs on DataDir now and has Listen in use
 
 	// Runtime tries the sandbox runtime; nil skips the check.
 	Runtime func(context.Context) error

@@ -246,7 +246,7 @@ func (p *Platform) find(id string) *guest {
 func (p *Platform) get(w http.ResponseWriter, r *http.Request) {
 	g := p.find(r.PathValue("id"))
 	if g == nil {
-		fail(w, http.StatusNotFound, "sandbox \""+r.PathValue("id")+"\" doesn't exist or you don't have access to it")
+		fail(w, http.StatusNotFound, p.notFound(r.PathValue("id")))
 		return
 	}
 	p.mu.Lock()
@@ -257,13 +257,23 @@ func (p *Platform) get(w http.ResponseWriter, r *http.Request) {
 func (p *Platform) kill(w http.ResponseWriter, r *http.Request) {
 	id := r.PathValue("id")
 	if !p.remove(id) {
-		fail(w, http.StatusNotFound, "sandbox "+id+" not found")
+		fail(w, http.StatusNotFound, p.notFound(id))
 		return
 	}
 	p.mu.Lock()
 	p.killed = append(p.killed, id)
 	p.mu.Unlock()
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// notFound is what the platform says of an id that it has no sandbox for.
+func (p *Platform) notFound(id string) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if slices.Contains(p.killed, id) {
+		return fmt.Sprintf("sandbox %q not found: it ended: it was killed", id)
+	}
+	return fmt.Sprintf("sandbox %q not found", id)
 }
 
 func (p *Platform) timeout(w http.ResponseWriter, r *http.Request) {
