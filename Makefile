@@ -4,9 +4,11 @@
 #   LISTEN=HOST:PORT  address of the API (default localhost:7080)
 #   UP_FLAGS="…"      further flags of `wrenn up`
 #   SKIP_PACKAGES=1   do not look for missing system packages
+#   BENCH="NAME…"     what `make bench` measures (default: everything)
 
 DATA   ?= $(or $(WRENN_DATA),/var/lib/wrenn)
 LISTEN ?= localhost:7080
+BENCH  ?= lifecycle density churn
 
 # Both are found out when first needed, and once.
 GO      = $(eval GO := $$(shell scripts/go.sh))$(GO)
@@ -75,9 +77,9 @@ lint: .tools/golangci-lint-$(GOLANGCI_VERSION)
 	@$(GO) version >/dev/null
 	PATH="$$(dirname "$(GO)"):$$PATH" $< run --timeout 20m
 
-# BENCH=NAME runs one.
+# On the platform of DATA, which must be running.
 bench: build
-	@bin/wrenn bench $(BENCH)
+	@set -e; for name in $(BENCH); do bin/wrenn bench $$name --data $(DATA); echo; done
 
 .tools/golangci-lint-$(GOLANGCI_VERSION):
 	@echo "building golangci-lint $(GOLANGCI_VERSION)"
