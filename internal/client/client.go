@@ -81,9 +81,6 @@ func FromEnvironment(dataDir string) (*Client, error) {
 	return New(Config{APIURL: c.APIURL, SandboxURL: c.SandboxURL, Domain: c.Domain, APIKey: c.APIKey})
 }
 
-// APIURL returns the base URL of the control API, for messages.
-func (c *Client) APIURL() string { return c.config.APIURL }
-
 // Close drops idle connections.
 func (c *Client) Close() {
 	c.control.CloseIdleConnections()

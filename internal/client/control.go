@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Info is what the control API tells about a sandbox. Create and Connect leave
-// out what only Get and List know (times, sizes, state, metadata).
+// Info is what the control API tells about a sandbox. Create leaves out
+// what only Get and List know (times, sizes, state, metadata).
 type Info struct {
 	SandboxID       string            `json:"sandboxID"`
 	TemplateID      string            `json:"templateID"`
@@ -84,18 +84,6 @@ func (c *Client) Refresh(ctx context.Context, id string, d time.Duration) error 
 	return err
 }
 
-// Connect returns what is needed to talk to a sandbox, which it resumes when it
-// is paused, and makes it live for d from now at least (zero: the platform's
-// default).
-func (c *Client) Connect(ctx context.Context, id string, d time.Duration) (Info, error) {
-	body := struct {
-		Timeout int64 `json:"timeout,omitempty"`
-	}{seconds(d)}
-	var info Info
-	_, err := c.call(ctx, "connect to sandbox", http.MethodPost, "/v2/sandboxes/"+url.PathEscape(id)+"/connect", body, &info)
-	return info, err
-}
-
 // ListQuery says which sandboxes to list. The zero value lists all.
 type ListQuery struct {
 	Metadata map[string]string // all of these
@@ -148,56 +136,6 @@ func (c *Client) ListAll(ctx context.Context, q ListQuery) ([]Info, error) {
 		}
 		q.Page = next
 	}
-}
-
-// Metric is a sandbox's use of resources at one time.
-type Metric struct {
-	Timestamp     time.Time `json:"timestamp"`
-	TimestampUnix int64     `json:"timestampUnix"`
-	CPUCount      int       `json:"cpuCount"`
-	CPUUsedPct    float64   `json:"cpuUsedPct"` // 100 is one whole CPU
-	MemUsed       int64     `json:"memUsed"`    // bytes, as all sizes here
-	MemTotal      int64     `json:"memTotal"`
-	MemCache      int64     `json:"memCache"`
-	DiskUsed      int64     `json:"diskUsed"`
-	DiskTotal     int64     `json:"diskTotal"`
-}
-
-// Metrics returns a sandbox's use of resources over time; a zero start or end
-// leaves that side open.
-func (c *Client) Metrics(ctx context.Context, id string, start, end time.Time) ([]Metric, error) {
-	values := url.Values{}
-	if !start.IsZero() {
-		values.Set("start", strconv.FormatInt(start.Unix(), 10))
-	}
-	if !end.IsZero() {
-		values.Set("end", strconv.FormatInt(end.Unix(), 10))
-	}
-	var metrics []Metric
-	_, err := c.call(ctx, "get metrics", http.MethodGet, "/sandboxes/"+url.PathEscape(id)+"/metrics?"+values.Encode(), nil, &metrics)
-	return metrics, err
-}
-
-// LogEntry is one line of a sandbox's log.
-type LogEntry struct {
-	Timestamp time.Time         `json:"timestamp"`
-	Level     string            `json:"level"`
-	Message   string            `json:"message"`
-	Fields    map[string]string `json:"fields,omitempty"`
-}
-
-// Logs returns up to limit entries of a sandbox's log (zero: the platform's
-// default), oldest first.
-func (c *Client) Logs(ctx context.Context, id string, limit int) ([]LogEntry, error) {
-	values := url.Values{}
-	if limit > 0 {
-		values.Set("limit", strconv.Itoa(limit))
-	}
-	var answer struct {
-		Logs []LogEntry `json:"logs"`
-	}
-	_, err := c.call(ctx, "get logs", http.MethodGet, "/v2/sandboxes/"+url.PathEscape(id)+"/logs?"+values.Encode(), nil, &answer)
-	return answer.Logs, err
 }
 
 // escape makes s safe for a query; spaces become %20, which survive being decoded

@@ -63,7 +63,6 @@ func New(t testing.TB) *Platform {
 	mux.HandleFunc("DELETE /sandboxes/{id}", p.kill)
 	mux.HandleFunc("POST /sandboxes/{id}/timeout", p.timeout)
 	mux.HandleFunc("POST /sandboxes/{id}/refreshes", p.timeout)
-	mux.HandleFunc("POST /v2/sandboxes/{id}/connect", p.get)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("E2b-Sandbox-Id") != "" {
 			p.forward(w, r)
