@@ -96,6 +96,7 @@ func TestCommandLine(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
+		defer cmd.Process.Kill() // when the test has failed
 		eventually(t, 20*time.Second, "the command runs", func() error {
 			if out.String() != "ready\n" {
 				return errors.New(out.String())
@@ -119,7 +120,7 @@ func TestCommandLine(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer tty.Close()
+		defer func() { cmd.Process.Kill(); tty.Close() }() // when the test has failed
 		var screen lockedBuffer
 		drained := make(chan struct{})
 		go func() {
@@ -155,10 +156,15 @@ func TestCommandLine(t *testing.T) {
 			}
 			return nil
 		})
-		tty.WriteString("sleep 1000\n")
+		tty.WriteString("sh -c 'echo asleep-$((1+1)); exec sleep 1000'\n")
+		sees("asleep-2")
 		tty.WriteString("\x03")
+		tty.WriteString("echo awake-$((1+1))\n")
+		sees("awake-2")
 		tty.WriteString("exit 5\n")
+		timer := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
 		cmd.Wait()
+		timer.Stop()
 		<-drained
 		if code := cmd.ProcessState.ExitCode(); code != 5 {
 			t.Errorf("exit code %d, want 5\n%s", code, screen.String())

@@ -161,7 +161,7 @@ func TestManyCreatesAndKillsLeaveNothing(t *testing.T) {
 	eventually(t, 20*time.Second, "the platform has no more files open than before", func() error {
 		http.DefaultTransport.(*http.Transport).CloseIdleConnections()
 		if now := openFiles(t, p); now > before+16 { // slots prepared ahead hold a few
-			return fmt.Errorf("%d files open, %d before", now, before)
+			return fmt.Errorf("%d files open, %d before: %s", now, before, describeFiles(p))
 		}
 		return nil
 	})
@@ -208,4 +208,15 @@ func openFiles(t testing.TB, p *platform) int {
 		t.Fatal(err)
 	}
 	return len(entries)
+}
+
+// describeFiles counts a platform's open files by what they are.
+func describeFiles(p *platform) string {
+	kinds := map[string]int{}
+	for _, path := range matches("", fmt.Sprintf("/proc/%d/fd/*", p.cmd.Process.Pid)) {
+		target, _ := os.Readlink(strings.TrimSpace(path)) // it may be closed by now
+		kind, _, _ := strings.Cut(target, ":[")
+		kinds[kind]++
+	}
+	return fmt.Sprint(kinds)
 }

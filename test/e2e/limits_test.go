@@ -41,7 +41,7 @@ func TestExceedingMemoryEndsTheSandboxWithAReason(t *testing.T) {
 a = []
 while True: a.append(b"x" * (8 << 20))'`, false)
 	if err := hog.end(60 * time.Second); err == nil {
-		t.Error("the process ended, but the sandbox should have")
+		t.Errorf("the process ended, but the sandbox should have; it said %q", hog.output())
 	}
 	message := b.gone(t, 10*time.Second)
 	if !strings.Contains(message, "memory") {
@@ -156,8 +156,5 @@ func TestLimitsAreThoseOfTheTemplate(t *testing.T) {
 	}
 	if got := fmt.Sprint(detail.CPUCount, detail.MemoryMB, detail.DiskSizeMB); got != "1 256 64" {
 		t.Errorf("cpus, memory and disk are %s", got)
-	}
-	if got := strings.TrimSpace(b.run("nproc")); got != "1" {
-		t.Errorf("the sandbox sees %s CPUs", got)
 	}
 }
