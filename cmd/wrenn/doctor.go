@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/doctor"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
+	"github.com/wrenn/wrenn/internal/template"
 )
 
 func newDoctorCmd() *cobra.Command {
@@ -44,7 +46,7 @@ It exits with 1 when something is missing without which sandboxes cannot run.`,
 				}
 				opts.Running = opts.Listen == platform.Options.Listen
 			}
-			results := doctor.Check(cmd.Context(), opts)
+			results := append(doctor.Check(cmd.Context(), opts), checkTemplates(cmd.Context(), dataDir(opts.DataDir))...)
 			if asJSON {
 				err = printJSON(cmd.OutOrStdout(), results)
 			} else {
@@ -88,6 +90,28 @@ func tryRuntime(ctx context.Context) (err error) {
 		return err
 	}
 	return runtime.Probe(ctx)
+}
+
+// checkTemplates says of each template that is there whether it still is what was
+// built: sandboxes share it, and nothing else notices a change.
+func checkTemplates(ctx context.Context, dir dataDir) []doctor.Result {
+	if _, err := os.Stat(dir.templates()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	builds, err := template.Load(dir.templates())
+	if err != nil {
+		return []doctor.Result{{Name: "templates", Verdict: doctor.Fail, Detail: err.Error(), Remedy: "remove what is damaged; the next start makes it again"}}
+	}
+	var results []doctor.Result
+	for _, b := range builds {
+		r := doctor.Result{Name: "template " + b.Alias, Verdict: doctor.OK, Detail: "build " + b.ID + " is as it was made"}
+		if err := template.Verify(ctx, b); err != nil {
+			r.Verdict, r.Detail = doctor.Fail, err.Error()
+			r.Remedy = "stop the platform, remove " + filepath.Dir(b.RootFS) + " and start it again"
+		}
+		results = append(results, r)
+	}
+	return results
 }
 
 func printDiagnosis(w io.Writer, results []doctor.Result) error {

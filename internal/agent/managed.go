@@ -149,6 +149,7 @@ func (a *Agent) teardown(m *managed, end sandbox.State, reason string, announce 
 	}, announce)
 	a.remove(m)
 	close(m.gone)
-	a.log.Info("sandbox ended", "sandbox", m.id, "state", end, "reason", reason)
+	// The control plane, which knows why, tells the operator.
+	a.log.Debug("sandbox freed", "sandbox", m.id, "state", end, "reason", reason)
 	return nil
 }
