@@ -13,6 +13,7 @@ import (
 const (
 	sampleInterval = 5 * time.Second
 	sampleLimit    = 2 * time.Second // one guest's answer
+	collectors     = 16              // guests asked at once: some may never answer
 	samplesKept    = 720             // an hour
 	logBytesKept   = 1 << 20         // a sandbox
 )
@@ -76,7 +77,7 @@ func (a *Agent) collect() {
 		case <-ticker.C:
 		}
 		var g errgroup.Group
-		g.SetLimit(4)
+		g.SetLimit(collectors)
 		for _, m := range a.list() {
 			g.Go(func() error {
 				a.pullMetrics(m)
