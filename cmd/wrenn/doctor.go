@@ -12,7 +12,6 @@ import (
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/internal/doctor"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
@@ -73,22 +72,18 @@ func tryRuntime(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	root := filepath.Join(dir, "runsc")
-	defer func() {
-		// runsc keeps an empty network namespace mounted in its directory.
-		_ = unix.Unmount(filepath.Join(root, "null-netns"), unix.MNT_DETACH)
-		err = errors.Join(err, os.RemoveAll(dir))
-	}()
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	binary, err := gvisor.InstallBinary(filepath.Join(dir, "bin"))
 	if err != nil {
 		return err
 	}
 	runtime, err := gvisor.New(gvisor.Config{
-		Binary: binary, Root: root, Tag: dataDir(dir).tag(), Log: slog.New(slog.DiscardHandler),
+		Binary: binary, Root: filepath.Join(dir, "runsc"), Tag: dataDir(dir).tag(), Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, runtime.Close()) }()
 	return runtime.Probe(ctx)
 }
 
