@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
 )
 
@@ -152,14 +153,14 @@ func (f *floor) writeBundle(dir string, slot *network.Slot) error {
 		Root:     &specs.Root{Path: f.rootfs},
 		Hostname: "floor",
 		Process: &specs.Process{
-			Args: []string{"/run/envd"}, Cwd: "/", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+			Args: []string{runtime.GuestInitPath}, Cwd: "/", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 			Capabilities: &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps},
 		},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
 			{Destination: "/sys", Type: "sysfs", Source: "sysfs"},
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs"},
-			{Destination: "/run/envd", Type: "bind", Source: f.envd, Options: []string{"ro"}},
+			{Destination: runtime.GuestInitPath, Type: "bind", Source: f.envd, Options: []string{"ro"}},
 		},
 		Linux: &specs.Linux{
 			Namespaces: []specs.LinuxNamespace{
