@@ -46,6 +46,10 @@ func newFloor(ctx context.Context, dataDir string) (*floor, error) {
 	if f.rootfs, err = newest(filepath.Join(dataDir, "templates/*/rootfs")); err != nil {
 		return nil, err
 	}
+	// runsc wants the root's path without links in it.
+	if f.rootfs, err = filepath.EvalSymlinks(f.rootfs); err != nil {
+		return nil, fmt.Errorf("find template: %w", err)
+	}
 	if f.dir, err = os.MkdirTemp("", "wrenn-floor"); err != nil {
 		return nil, fmt.Errorf("make floor directory: %w", err)
 	}
