@@ -77,8 +77,17 @@ func (in *Input) sendEvent(event *rpc.StreamInputRequest) error {
 }
 
 // Close waits until all that was written has been taken, and gives the process
-// end of file: a closed stdin, or Ctrl-D on a terminal.
+// end of file: a closed stdin, or Ctrl-D on a terminal. That the process ends
+// meanwhile, which it mostly does because of this, is no error.
 func (in *Input) Close() error {
+	err := in.close()
+	if err != nil && in.process.ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+func (in *Input) close() error {
 	p := in.process
 	if in.err == nil && p.pty {
 		in.err = in.send([]byte{4})

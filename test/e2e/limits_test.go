@@ -157,4 +157,16 @@ func TestLimitsAreThoseOfTheTemplate(t *testing.T) {
 	if got := fmt.Sprint(detail.CPUCount, detail.MemoryMB, detail.DiskSizeMB); got != "1 256 64" {
 		t.Errorf("cpus, memory and disk are %s", got)
 	}
+	// The sandbox may be shown more CPUs than it can use; what counts is the quota.
+	quota := ""
+	for _, group := range cgroupsNamed(t, b.id) {
+		for _, file := range []string{"cpu.cfs_quota_us", "cpu.max"} {
+			if data, err := os.ReadFile(filepath.Join(strings.TrimPrefix(group, "cgroup "), file)); err == nil {
+				quota = strings.Fields(string(data))[0]
+			}
+		}
+	}
+	if quota != "100000" {
+		t.Errorf("the host's CPU quota is %q microseconds in 100000, want all of one CPU", quota)
+	}
 }
