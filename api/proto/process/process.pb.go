@@ -717,8 +717,14 @@ func (x *StartResponse) GetEvent() *ProcessEvent {
 }
 
 type ConnectRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Process       *ProcessSelector       `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Process *ProcessSelector       `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
+	// Replays the output from this byte on, as far as it is kept. Absent means only
+	// what is written from now on. The header Wrenn-Output-Offset says the same.
+	Offset *int64 `protobuf:"varint,2,opt,name=offset,proto3,oneof" json:"offset,omitempty"`
+	// Ends the streams of all other clients of the process with the error aborted.
+	// The header Wrenn-Takeover: true says the same.
+	Takeover      bool `protobuf:"varint,3,opt,name=takeover,proto3" json:"takeover,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -758,6 +764,20 @@ func (x *ConnectRequest) GetProcess() *ProcessSelector {
 		return x.Process
 	}
 	return nil
+}
+
+func (x *ConnectRequest) GetOffset() int64 {
+	if x != nil && x.Offset != nil {
+		return *x.Offset
+	}
+	return 0
+}
+
+func (x *ConnectRequest) GetTakeover() bool {
+	if x != nil {
+		return x.Takeover
+	}
+	return false
 }
 
 type ConnectResponse struct {
@@ -1335,8 +1355,14 @@ func (x *PTY_Size) GetRows() uint32 {
 }
 
 type ProcessEvent_StartEvent struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pid   uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	// Sent only to clients that gave an offset: where this stream's first byte is
+	// in all that the process wrote, stdout and stderr counted together.
+	Offset *int64 `protobuf:"varint,2,opt,name=offset,proto3,oneof" json:"offset,omitempty"`
+	// How many bytes between the offset asked for and this one are gone, because
+	// only the last 1 MiB is kept while nobody is attached. Absent when none are.
+	Lost          *int64 `protobuf:"varint,3,opt,name=lost,proto3,oneof" json:"lost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1374,6 +1400,20 @@ func (*ProcessEvent_StartEvent) Descriptor() ([]byte, []int) {
 func (x *ProcessEvent_StartEvent) GetPid() uint32 {
 	if x != nil {
 		return x.Pid
+	}
+	return 0
+}
+
+func (x *ProcessEvent_StartEvent) GetOffset() int64 {
+	if x != nil && x.Offset != nil {
+		return *x.Offset
+	}
+	return 0
+}
+
+func (x *ProcessEvent_StartEvent) GetLost() int64 {
+	if x != nil && x.Lost != nil {
+		return *x.Lost
 	}
 	return 0
 }
@@ -1731,15 +1771,19 @@ const file_process_process_proto_rawDesc = "" +
 	"\fProcessInput\x12\x16\n" +
 	"\x05stdin\x18\x01 \x01(\fH\x00R\x05stdin\x12\x12\n" +
 	"\x03pty\x18\x02 \x01(\fH\x00R\x03ptyB\a\n" +
-	"\x05input\"\x87\x04\n" +
+	"\x05input\"\xd1\x04\n" +
 	"\fProcessEvent\x128\n" +
 	"\x05start\x18\x01 \x01(\v2 .process.ProcessEvent.StartEventH\x00R\x05start\x125\n" +
 	"\x04data\x18\x02 \x01(\v2\x1f.process.ProcessEvent.DataEventH\x00R\x04data\x122\n" +
 	"\x03end\x18\x03 \x01(\v2\x1e.process.ProcessEvent.EndEventH\x00R\x03end\x12?\n" +
-	"\tkeepalive\x18\x04 \x01(\v2\x1f.process.ProcessEvent.KeepAliveH\x00R\tkeepalive\x1a\x1e\n" +
+	"\tkeepalive\x18\x04 \x01(\v2\x1f.process.ProcessEvent.KeepAliveH\x00R\tkeepalive\x1ah\n" +
 	"\n" +
 	"StartEvent\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\rR\x03pid\x1a]\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x1b\n" +
+	"\x06offset\x18\x02 \x01(\x03H\x00R\x06offset\x88\x01\x01\x12\x17\n" +
+	"\x04lost\x18\x03 \x01(\x03H\x01R\x04lost\x88\x01\x01B\t\n" +
+	"\a_offsetB\a\n" +
+	"\x05_lost\x1a]\n" +
 	"\tDataEvent\x12\x18\n" +
 	"\x06stdout\x18\x01 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x02 \x01(\fH\x00R\x06stderr\x12\x12\n" +
@@ -1770,9 +1814,12 @@ const file_process_process_proto_rawDesc = "" +
 	"\x04_tagB\b\n" +
 	"\x06_stdin\"<\n" +
 	"\rStartResponse\x12+\n" +
-	"\x05event\x18\x01 \x01(\v2\x15.process.ProcessEventR\x05event\"D\n" +
+	"\x05event\x18\x01 \x01(\v2\x15.process.ProcessEventR\x05event\"\x88\x01\n" +
 	"\x0eConnectRequest\x122\n" +
-	"\aprocess\x18\x01 \x01(\v2\x18.process.ProcessSelectorR\aprocess\">\n" +
+	"\aprocess\x18\x01 \x01(\v2\x18.process.ProcessSelectorR\aprocess\x12\x1b\n" +
+	"\x06offset\x18\x02 \x01(\x03H\x00R\x06offset\x88\x01\x01\x12\x1a\n" +
+	"\btakeover\x18\x03 \x01(\bR\btakeoverB\t\n" +
+	"\a_offset\">\n" +
 	"\x0fConnectResponse\x12+\n" +
 	"\x05event\x18\x01 \x01(\v2\x15.process.ProcessEventR\x05event\"p\n" +
 	"\rUpdateRequest\x122\n" +
@@ -1938,12 +1985,14 @@ func file_process_process_proto_init() {
 	}
 	file_process_process_proto_msgTypes[7].OneofWrappers = []any{}
 	file_process_process_proto_msgTypes[8].OneofWrappers = []any{}
+	file_process_process_proto_msgTypes[10].OneofWrappers = []any{}
 	file_process_process_proto_msgTypes[12].OneofWrappers = []any{}
 	file_process_process_proto_msgTypes[16].OneofWrappers = []any{
 		(*StreamInputRequest_Start)(nil),
 		(*StreamInputRequest_Data)(nil),
 		(*StreamInputRequest_Keepalive)(nil),
 	}
+	file_process_process_proto_msgTypes[24].OneofWrappers = []any{}
 	file_process_process_proto_msgTypes[25].OneofWrappers = []any{
 		(*ProcessEvent_DataEvent_Stdout)(nil),
 		(*ProcessEvent_DataEvent_Stderr)(nil),
