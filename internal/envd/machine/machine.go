@@ -1,0 +1,120 @@
+// Package machine is what the guest agent does as the first process of a virtual
+// machine: mounts, names, network, signals, and the way down. In a container
+// engine's sandbox the engine has done all that and nothing of this is used.
+package machine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// searchPath is what programs are searched in.
+const searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// Machine is the virtual machine whose pid 1 this process is.
+type Machine struct {
+	params   Params
+	log      *slog.Logger
+	problems []error
+
+	off     context.CancelFunc
+	stopped context.Context // ends when somebody asks for the machine's end
+
+	mu      sync.Mutex // of the names
+	named   string     // the hostname given last, by us
+	aliases []Alias
+}
+
+// Boot makes a running system of a kernel that has just started its first
+// process. What fails is kept for Problems: an agent that answers can be asked
+// what is wrong, one that gives up cannot.
+func Boot(console *slog.Logger) *Machine {
+	m := &Machine{log: console}
+	m.stopped, m.off = context.WithCancel(context.Background())
+	m.watchSignals()
+	m.try("prepare process", ownProcess())
+	for _, err := range mountAll("/") {
+		m.try("mount", err)
+	}
+	// What the kernel was told is readable only now.
+	m.params = readParams("/proc/cmdline")
+	for _, err := range m.params.invalid {
+		m.try("read parameter", err)
+	}
+	for _, err := range setSysctls("/proc/sys") {
+		m.try("set sysctl", err)
+	}
+	m.try("set hostname", m.setName(m.params.Hostname))
+	m.try("write resolver", writeResolver("/etc/resolv.conf", m.params.Resolvers))
+	m.try("set up network", configure(m.params))
+	return m
+}
+
+func (m *Machine) try(what string, err error) {
+	if err != nil {
+		err = fmt.Errorf("%s: %w", what, err)
+		m.problems = append(m.problems, err)
+		m.log.Warn(err.Error())
+	}
+}
+
+// Problems returns what did not work at boot.
+func (m *Machine) Problems() []error { return m.problems }
+
+// Params returns what the kernel's command line says.
+func (m *Machine) Params() Params { return m.params }
+
+// Resumed repairs what another host may have changed under the machine: its
+// network. It changes nothing that is as it should be.
+func (m *Machine) Resumed() error {
+	if err := configure(m.params); err != nil {
+		return fmt.Errorf("set up network: %w", err)
+	}
+	return nil
+}
+
+// Stopped ends when somebody has asked for the machine's end.
+func (m *Machine) Stopped() context.Context { return m.stopped }
+
+// Stop asks for the machine's end: whoever called Boot then calls PowerOff.
+func (m *Machine) Stop() { m.off() }
+
+// watchSignals takes every signal away from Go's defaults, which would end the
+// process, and with it the machine, for a hang-up. The signals by which init is
+// asked to power off, ctrl-alt-del among them, do that.
+func (m *Machine) watchSignals() {
+	// Nobody reads this one: what is sent to it is dropped. Ignoring signals
+	// instead would be inherited by every program.
+	signal.Notify(make(chan os.Signal))
+	requests := make(chan os.Signal, 1)
+	signal.Notify(requests, syscall.SIGTERM, syscall.SIGINT, syscall.SIGPWR)
+	go func() { // ends with the machine
+		m.log.Info("powering off", "signal", (<-requests).String())
+		m.off()
+	}()
+	// Without this the kernel resets the machine on ctrl-alt-del itself. Only the
+	// machine's own first process may say so, and not one of a namespace.
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
+}
+
+// ownProcess gives this process, and so all others, what a login would find: the
+// kernel leaves words of its command line in the environment, and limits that
+// programs of today run into.
+func ownProcess() error {
+	os.Clearenv()
+	syscall.Umask(0o022)
+	limit := syscall.Rlimit{Cur: 65_536, Max: 1_048_576}
+	err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
+	if errors.Is(err, syscall.EPERM) { // it was lower, and we may not raise it
+		err = nil
+	}
+	return errors.Join(err, os.Setenv("PATH", searchPath), os.Setenv("HOME", "/root"), os.Chdir("/"))
+}

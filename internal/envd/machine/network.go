@@ -1,0 +1,50 @@
+package machine
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+)
+
+// configure brings the loopback and the machine's one interface up. What is
+// there already stays, so that it can be repeated at any time.
+func configure(p Params) error {
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	if err != nil {
+		err = fmt.Errorf("loopback: %w", err)
+	}
+	return errors.Join(err, configureLink(p))
+}
+
+func configureLink(p Params) error {
+	link, err := netlink.LinkByName(p.Link)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", p.Link, err)
+	}
+	if p.MTU != 0 && link.Attrs().MTU != p.MTU {
+		if err := netlink.LinkSetMTU(link, p.MTU); err != nil {
+			return fmt.Errorf("set MTU of %s: %w", p.Link, err)
+		}
+	}
+	addr := &netlink.Addr{IPNet: &net.IPNet{
+		IP:   p.Address.Addr().AsSlice(),
+		Mask: net.CIDRMask(p.Address.Bits(), p.Address.Addr().BitLen()),
+	}}
+	if err := netlink.AddrAdd(link, addr); err != nil && !errors.Is(err, syscall.EEXIST) {
+		return fmt.Errorf("give %s the address %s: %w", p.Link, p.Address, err)
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring %s up: %w", p.Link, err)
+	}
+	route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: p.Gateway.AsSlice()}
+	if err := netlink.RouteReplace(route); err != nil {
+		return fmt.Errorf("route by way of %s: %w", p.Gateway, err)
+	}
+	return nil
+}
