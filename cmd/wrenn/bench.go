@@ -6,8 +6,10 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/bench"
 	"github.com/wrenn/wrenn/internal/client"
@@ -16,7 +18,7 @@ import (
 func newBenchCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bench",
-		Short: "Measure the platform that runs on this host, each figure beside its floor",
+		Short: "Measure the platform that runs on this host, and its parts, each figure beside its floor",
 		Args:  cobra.ArbitraryArgs,
 		RunE:  runGroup,
 	}
@@ -25,6 +27,8 @@ func newBenchCmd() *cobra.Command {
 		newBenchmark("lifecycle", "Create, first output, exec and kill, beside bare runsc", 40, "sandboxes to measure", bench.Lifecycle),
 		newBenchmark("density", "Memory and CPU of idle sandboxes", 100, "sandboxes at once", bench.Density),
 		newBenchmark("churn", "Create and kill in a loop: failures, leaks, growth", 500, "cycles", bench.Churn),
+		newEnvdBenchmark(),
+		newEnvdFloorCmd(),
 	)
 	return cmd
 }
@@ -51,18 +55,72 @@ func newBenchmark(name, short string, n int, what string, run func(context.Conte
 				return err
 			}
 			defer c.Close()
-			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
-			defer stop()
-			report, err := run(ctx, bench.Platform{Client: c, DataDir: dir}, n)
-			if err != nil {
-				return err
-			}
-			if asJSON, _ := cmd.Flags().GetBool("json"); asJSON {
-				return report.WriteJSON(cmd.OutOrStdout())
-			}
-			return report.WriteTable(cmd.OutOrStdout())
+			return printReport(cmd, func(ctx context.Context) (bench.Report, error) {
+				return run(ctx, bench.Platform{Client: c, DataDir: dir}, n)
+			})
 		},
 	}
 	cmd.Flags().IntVarP(&n, "number", "n", n, what)
 	return cmd
+}
+
+// printReport runs a benchmark, which Ctrl-C ends, and prints what it found.
+func printReport(cmd *cobra.Command, run func(context.Context) (bench.Report, error)) error {
+	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	report, err := run(ctx)
+	if err != nil {
+		return err
+	}
+	if asJSON, _ := cmd.Flags().GetBool("json"); asJSON {
+		return report.WriteJSON(cmd.OutOrStdout())
+	}
+	return report.WriteTable(cmd.OutOrStdout())
+}
+
+// newEnvdBenchmark measures the guest agent without a platform: it needs neither
+// one that runs nor root.
+func newEnvdBenchmark() *cobra.Command {
+	o := bench.EnvdOptions{Samples: 200, SizeMiB: 1024, Transfers: 5, StreamMiB: 100, Settle: 90 * time.Second}
+	cmd := &cobra.Command{
+		Use:   "envd",
+		Short: "The guest agent alone, on the loopback interface: exec, echo, files, output, memory",
+		Long: `Runs the guest agent on a loopback address of this host, without a platform or
+a sandbox around it, and measures it beside floors of its own. Files are written
+in the data directory (--data) where it is there, else in the current one.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Samples < 1 || o.Samples > bench.MaxEnvdSamples {
+				return usageErrorf("-n: want 1 to %d", bench.MaxEnvdSamples)
+			}
+			if o.SizeMiB < 1 || o.Transfers < 1 {
+				return usageErrorf("--size and --transfers: want at least 1")
+			}
+			self, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			o.Floor = []string{self, "bench", "envd-floor"}
+			if o.Dir = dataFlag(cmd); unix.Access(o.Dir, unix.W_OK|unix.X_OK) != nil {
+				o.Dir = "."
+			}
+			return printReport(cmd, func(ctx context.Context) (bench.Report, error) { return bench.Envd(ctx, o) })
+		},
+	}
+	cmd.Flags().IntVarP(&o.Samples, "number", "n", o.Samples, "processes to run and keys to type")
+	cmd.Flags().IntVar(&o.SizeMiB, "size", o.SizeMiB, "size of a file that is transferred, in MiB")
+	cmd.Flags().IntVar(&o.Transfers, "transfers", o.Transfers, "transfers of each kind")
+	return cmd
+}
+
+// newEnvdFloorCmd is what `wrenn bench envd` starts beside the agent.
+func newEnvdFloorCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:    "envd-floor DIR",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return bench.ServeEnvdFloor(cmd.InOrStdin(), cmd.OutOrStdout(), args[0])
+		},
+	}
 }
