@@ -209,5 +209,5 @@ func TestInputThatNobodyReadsFailsWhenTheProcessEnds(t *testing.T) {
 		t.Fatal(s.Err())
 	}
 	_, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: stdinOf(strings.Repeat("x", 1<<20))})
-	wantCode(t, err, connect.CodeInternal, "process has ended")
+	wantCode(t, err, connect.CodeNotFound, "process has ended")
 }

@@ -24,38 +24,42 @@ func newInput(file *os.File) *input {
 	return &input{turn: make(chan struct{}, 1), file: file}
 }
 
-// write writes all of data, or fails. When ctx ends meanwhile a part may have
-// been written.
-func (in *input) write(ctx context.Context, data []byte) error {
+// write writes all of data, or fails and says how much of it was written: when ctx
+// ends or the process does, it may be a part.
+func (in *input) write(ctx context.Context, data []byte) (int, error) {
 	select {
 	case in.turn <- struct{}{}:
 	case <-ctx.Done():
-		return ctx.Err()
+		return 0, ctx.Err()
 	}
 	defer func() { <-in.turn }()
-	if in.closed || in.gone.Load() {
-		return errInputClosed
+	switch {
+	case in.gone.Load():
+		return 0, errGone
+	case in.closed:
+		return 0, errInputClosed
+	case ctx.Err() != nil:
+		return 0, ctx.Err()
 	}
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
 		in.file.SetWriteDeadline(time.Unix(1, 0)) // in the past: ends the write
 	})
-	_, err := in.file.Write(data)
+	n, err := in.file.Write(data)
 	if !stop() {
 		<-interrupted
 		in.file.SetWriteDeadline(time.Time{})
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		if in.gone.Load() {
-			return errGone
-		}
-		return ctx.Err()
+	switch {
+	case err == nil:
+		return n, nil
+	case in.gone.Load():
+		return n, errGone
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return n, ctx.Err()
 	}
-	if err != nil {
-		return fmt.Errorf("write input: %w", err)
-	}
-	return nil
+	return n, fmt.Errorf("write input: %w", err)
 }
 
 // close gives the process end of file. A write under way is completed first.

@@ -1,8 +1,12 @@
 package process
 
 import (
+	"errors"
+	"fmt"
 	"sort"
 	"sync"
+
+	"connectrpc.com/connect"
 )
 
 // kind says which of its outputs a process wrote to.
@@ -15,14 +19,18 @@ const (
 )
 
 const (
-	// keepOutput is how much of a process's output is kept, in bytes.
+	// keepOutput is how much of a process's output is kept at least, in bytes.
 	keepOutput = 1 << 20
 	// maxChunk is the most that one event carries, in bytes.
 	maxChunk = 32 << 10
-	// chunkOverhead is added for every chunk when output is counted, so that a
-	// program that writes single bytes cannot make us hold many times keepOutput.
-	chunkOverhead = 64
+	// maxChunks bounds what a program can make us hold that writes single bytes to
+	// stdout and stderr in turn. Output in pieces of 32 bytes still fits.
+	maxChunks = 1 << 15
 )
+
+// errTakenOver ends the stream of a client when another one wanted the process
+// for itself.
+var errTakenOver = errors.New("another client has taken the process over")
 
 // chunk is a run of output of one kind. Its bytes are never changed once they
 // are there; more may be appended behind them.
@@ -41,17 +49,26 @@ func (c chunk) end() int64 { return c.offset + int64(len(c.data)) }
 type output struct {
 	mu      sync.Mutex
 	chunks  []chunk // without gaps
-	size    int     // bytes in chunks, overhead included
+	size    int     // bytes in chunks
 	end     int64   // offset of the next byte
 	ended   *End
 	readers map[*reader]struct{}
 	room    chan struct{} // closed when a waiting writer should look again; nil while none waits
 }
 
+// place is where in the output a client wants to begin.
+type place struct {
+	offset   *int64 // nil: with what is written from now on
+	takeover bool   // all other readers go
+}
+
 // reader is one client's position in the output.
 type reader struct {
 	out    *output
 	offset int64
+	start  int64         // the offset it began at
+	lost   int64         // bytes before start that were asked for and are gone
+	ousted bool          // another reader has taken over
 	wake   chan struct{} // receives after something has come
 }
 
@@ -68,7 +85,7 @@ func (o *output) write(k kind, data []byte) {
 			o.mu.Unlock()
 			return
 		}
-		if o.makeRoom(len(data) + chunkOverhead) {
+		if o.makeRoom(len(data)) {
 			o.append(k, data)
 			o.wakeReaders()
 			o.mu.Unlock()
@@ -86,14 +103,17 @@ func (o *output) write(k kind, data []byte) {
 // makeRoom drops old chunks until n more bytes fit; false when a reader still
 // needs them.
 func (o *output) makeRoom(n int) bool {
-	for o.size+n > keepOutput && len(o.chunks) > 0 {
+	for len(o.chunks) > 0 {
 		oldest := o.chunks[0]
+		if o.size+n-len(oldest.data) < keepOutput && len(o.chunks) < maxChunks {
+			break
+		}
 		for r := range o.readers {
 			if r.offset < oldest.end() {
 				return false
 			}
 		}
-		o.size -= len(oldest.data) + chunkOverhead
+		o.size -= len(oldest.data)
 		o.chunks[0] = chunk{}
 		o.chunks = o.chunks[1:]
 	}
@@ -110,16 +130,13 @@ func (o *output) append(k kind, data []byte) {
 		}
 	}
 	o.chunks = append(o.chunks, chunk{kind: k, offset: o.end, data: append([]byte(nil), data...)})
-	o.size += len(data) + chunkOverhead
+	o.size += len(data)
 	o.end += int64(len(data))
 }
 
 func (o *output) wakeReaders() {
 	for r := range o.readers {
-		select {
-		case r.wake <- struct{}{}:
-		default:
-		}
+		r.poke()
 	}
 }
 
@@ -139,7 +156,7 @@ func (o *output) finish(end End) {
 	o.wakeWriters()
 }
 
-// held returns how much memory the output takes, in bytes.
+// held returns how much output is kept, in bytes.
 func (o *output) held() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -155,21 +172,53 @@ func (o *output) discard() {
 	}
 }
 
-// attach adds a reader that gets everything kept from the offset on, or only
-// what is written from now on when live is true. Its detach must be called.
-func (o *output) attach(offset int64, live bool) *reader {
+// attach adds a reader that gets everything kept from the place on; what is gone
+// of it is counted as lost. A takeover is one step: between the last byte that
+// the others could have had and the first of this reader nothing is missing, and
+// nobody holds the process back any more but this reader. Its detach must be
+// called.
+func (o *output) attach(at place) (*reader, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	first := o.end
-	if len(o.chunks) > 0 {
-		first = o.chunks[0].offset
+	r := &reader{out: o, start: o.end, wake: make(chan struct{}, 1)}
+	if at.offset != nil {
+		wanted := *at.offset
+		switch {
+		case wanted < 0:
+			return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("offset %d is negative", wanted))
+		case wanted > o.end:
+			return nil, connect.NewError(connect.CodeOutOfRange,
+				fmt.Errorf("offset %d is beyond the output, which has %d bytes so far", wanted, o.end))
+		}
+		r.start = max(wanted, o.first())
+		r.lost = r.start - wanted
 	}
-	if live {
-		offset = o.end
+	r.offset = r.start
+	if at.takeover {
+		for other := range o.readers {
+			other.ousted = true
+			delete(o.readers, other)
+			other.poke()
+		}
+		o.wakeWriters()
 	}
-	r := &reader{out: o, offset: min(max(offset, first), o.end), wake: make(chan struct{}, 1)}
 	o.readers[r] = struct{}{}
-	return r
+	return r, nil
+}
+
+// first returns the offset of the first byte that is kept.
+func (o *output) first() int64 {
+	if len(o.chunks) == 0 {
+		return o.end
+	}
+	return o.chunks[0].offset
+}
+
+func (r *reader) poke() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
 }
 
 func (r *reader) detach() {
@@ -180,18 +229,22 @@ func (r *reader) detach() {
 }
 
 // next returns output that the reader has not had yet; none when it has to wait
-// for wake, or when end is set: then there will be no more.
-func (r *reader) next() (k kind, data []byte, end *End) {
+// for wake, or when end is set: then there will be no more. The error is
+// errTakenOver.
+func (r *reader) next() (k kind, data []byte, end *End, err error) {
 	o := r.out
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if r.ousted {
+		return 0, nil, nil, errTakenOver
+	}
 	if r.offset == o.end {
-		return 0, nil, o.ended
+		return 0, nil, o.ended, nil
 	}
 	i := sort.Search(len(o.chunks), func(i int) bool { return o.chunks[i].end() > r.offset })
 	c := o.chunks[i]
 	data = c.data[r.offset-c.offset:]
 	r.offset = c.end()
 	o.wakeWriters()
-	return c.kind, data, nil
+	return c.kind, data, nil, nil
 }

@@ -1,7 +1,6 @@
 package process
 
 import (
-	"context"
 	"os"
 	"strconv"
 	"sync/atomic"
@@ -156,6 +155,3 @@ func (s *stream) pending() int64 {
 
 // Signal sends sig to the process and the others of its group.
 func (p *Process) Signal(sig syscall.Signal) error { return p.reaper.signal(p.pid, sig) }
-
-// Write writes to stdin or the terminal.
-func (p *Process) Write(ctx context.Context, data []byte) error { return p.in.write(ctx, data) }

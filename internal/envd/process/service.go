@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"strings"
 	"syscall"
 	"time"
 
@@ -32,7 +33,7 @@ func NewService(reaper *Reaper, s *settings.Settings, log *slog.Logger) *Service
 
 // Start runs a command and streams its output.
 func (s *Service) Start(ctx context.Context, req *rpc.StartRequest, stream *connect.ServerStream[rpc.StartResponse]) error {
-	e, err := s.start(ctx, req)
+	e, r, err := s.start(ctx, req)
 	if err != nil {
 		return err
 	}
@@ -45,18 +46,30 @@ func (s *Service) Start(ctx context.Context, req *rpc.StartRequest, stream *conn
 			timer.Stop()
 		}()
 	}
-	return s.follow(ctx, e, e.out.attach(0, false), func(ev *rpc.ProcessEvent) error {
+	return s.follow(ctx, r, startEvent(e, nil), func(ev *rpc.ProcessEvent) error {
 		return stream.Send(&rpc.StartResponse{Event: ev})
 	})
 }
 
-// Connect streams what a process writes from now on.
+// Connect streams what a process writes from now on, or from an offset on.
 func (s *Service) Connect(ctx context.Context, req *rpc.ConnectRequest, stream *connect.ServerStream[rpc.ConnectResponse]) error {
 	e, err := s.find(req.GetProcess(), true)
 	if err != nil {
 		return err
 	}
-	return s.follow(ctx, e, e.out.attach(0, true), func(ev *rpc.ProcessEvent) error {
+	at, err := placeOf(ctx, req)
+	if err != nil {
+		return err
+	}
+	r, err := e.out.attach(at)
+	if err != nil {
+		return err
+	}
+	first := startEvent(e, nil)
+	if at.offset != nil {
+		first = startEvent(e, r)
+	}
+	return s.follow(ctx, r, first, func(ev *rpc.ProcessEvent) error {
 		return stream.Send(&rpc.ConnectResponse{Event: ev})
 	})
 }
@@ -122,23 +135,25 @@ func (s *Service) find(selector *rpc.ProcessSelector, ended bool) (*entry, error
 
 func notFound(selector *rpc.ProcessSelector) error {
 	if tag, ok := selector.GetSelector().(*rpc.ProcessSelector_Tag); ok {
-		return connect.NewError(connect.CodeNotFound, fmt.Errorf("process with tag %s not found", tag.Tag))
+		return connect.NewError(connect.CodeNotFound, fmt.Errorf("process with tag %.200s not found", tag.Tag))
 	}
 	return connect.NewError(connect.CodeNotFound, fmt.Errorf("process with pid %d not found", selector.GetPid()))
 }
 
-// start checks the request and starts the process.
-func (s *Service) start(ctx context.Context, req *rpc.StartRequest) (*entry, error) {
+// start checks the request and starts the process. The reader has it all: it is
+// there before the first byte, however much is written at once.
+func (s *Service) start(ctx context.Context, req *rpc.StartRequest) (*entry, *reader, error) {
 	c, err := s.command(ctx, req)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	p, exited, err := spawn(s.reaper, c)
 	if err != nil {
 		s.log.Warn("process not started", "cmd", req.GetProcess().GetCmd(), "error", err)
-		return nil, startError(c, err)
+		return nil, nil, startError(c, err)
 	}
 	e := &entry{Process: p, config: req.GetProcess(), tag: req.Tag}
+	r, _ := p.out.attach(place{}) // fails for offsets only
 	s.table.add(e)
 	// Arguments and variables may hold secrets: they are not logged.
 	s.log.Info("process started", "pid", p.pid, "cmd", c.path, "user", c.user.Name)
@@ -146,7 +161,7 @@ func (s *Service) start(ctx context.Context, req *rpc.StartRequest) (*entry, err
 		s.table.retire(e)
 		s.log.Info("process ended", "pid", p.pid, "cmd", c.path, "user", c.user.Name, "exit_code", end.Code, "status", end.Status)
 	})
-	return e, nil
+	return e, r, nil
 }
 
 func (s *Service) command(ctx context.Context, req *rpc.StartRequest) (command, error) {
@@ -166,6 +181,11 @@ func (s *Service) command(ctx context.Context, req *rpc.StartRequest) (command, 
 	}
 	if err := checkDir(dir); err != nil {
 		return invalid(err)
+	}
+	for name := range config.GetEnvs() {
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			return invalid(fmt.Errorf("variable name %.100q is empty or contains = or NUL", name))
+		}
 	}
 	env := environment(u, s.settings.Env(), config.GetEnvs())
 	path, err := lookPath(config.GetCmd(), dir, env)
@@ -189,5 +209,5 @@ func startError(c command, err error) error {
 		errors.Is(err, syscall.EINVAL), errors.Is(err, syscall.ENOEXEC), errors.Is(err, syscall.ENOTDIR):
 		code = connect.CodeInvalidArgument
 	}
-	return connect.NewError(code, fmt.Errorf("start %q: %w", c.argv0, err))
+	return connect.NewError(code, fmt.Errorf("start %.200q: %w", c.argv0, err))
 }

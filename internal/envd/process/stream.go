@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"connectrpc.com/connect"
@@ -12,12 +13,63 @@ import (
 	"github.com/wrenn/wrenn/internal/envd/keepalive"
 )
 
-// follow sends a process's events to one client until the process ends or the
-// client goes.
-func (s *Service) follow(ctx context.Context, e *entry, r *reader, send func(*rpc.ProcessEvent) error) error {
+const (
+	// offsetHeader is where in the output to begin, in a request, and where the
+	// stream begins, in the answer.
+	offsetHeader   = "Wrenn-Output-Offset"
+	takeoverHeader = "Wrenn-Takeover"
+	// inputHeader is how many bytes a call gave to the process before it failed.
+	inputHeader = "Wrenn-Input-Written"
+)
+
+// placeOf returns where the client wants to begin. What the message says counts
+// before what the headers say.
+func placeOf(ctx context.Context, req *rpc.ConnectRequest) (place, error) {
+	at := place{offset: req.Offset, takeover: req.GetTakeover()}
+	info, ok := connect.CallInfoForHandlerContext(ctx)
+	if !ok {
+		return at, nil
+	}
+	if text := info.RequestHeader().Get(offsetHeader); text != "" && at.offset == nil {
+		n, err := strconv.ParseInt(text, 10, 64)
+		if err != nil {
+			return place{}, connect.NewError(connect.CodeInvalidArgument,
+				fmt.Errorf("header %s: %.50q is not a number of bytes", offsetHeader, text))
+		}
+		at.offset = &n
+	}
+	if text := info.RequestHeader().Get(takeoverHeader); text != "" && !at.takeover {
+		wanted, err := strconv.ParseBool(text)
+		if err != nil {
+			return place{}, connect.NewError(connect.CodeInvalidArgument,
+				fmt.Errorf("header %s: %.50q is neither true nor false", takeoverHeader, text))
+		}
+		at.takeover = wanted
+	}
+	return at, nil
+}
+
+// startEvent is the first event of a stream. Only clients that gave an offset
+// know its fields about the reader.
+func startEvent(e *entry, r *reader) *rpc.ProcessEvent {
+	start := &rpc.ProcessEvent_StartEvent{Pid: uint32(e.pid)}
+	if r != nil {
+		start.Offset = &r.start
+		if r.lost > 0 {
+			start.Lost = &r.lost
+		}
+	}
+	return &rpc.ProcessEvent{Event: &rpc.ProcessEvent_Start{Start: start}}
+}
+
+// follow sends a process's events to one client until the process ends, the
+// client goes or another one takes over.
+func (s *Service) follow(ctx context.Context, r *reader, first *rpc.ProcessEvent, send func(*rpc.ProcessEvent) error) error {
 	defer r.detach()
-	err := send(&rpc.ProcessEvent{Event: &rpc.ProcessEvent_Start{Start: &rpc.ProcessEvent_StartEvent{Pid: uint32(e.pid)}}})
-	if err != nil {
+	if info, ok := connect.CallInfoForHandlerContext(ctx); ok {
+		info.ResponseHeader().Set(offsetHeader, strconv.FormatInt(r.start, 10))
+	}
+	if err := send(first); err != nil {
 		return err
 	}
 	interval := keepalive.Interval(ctx)
@@ -29,7 +81,10 @@ func (s *Service) follow(ctx context.Context, e *entry, r *reader, send func(*rp
 		if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
 			return connect.NewError(connect.CodeDeadlineExceeded, context.DeadlineExceeded)
 		}
-		k, data, end := r.next()
+		k, data, end, err := r.next()
+		if err != nil {
+			return connect.NewError(connect.CodeAborted, err)
+		}
 		if end != nil {
 			return send(endEvent(*end))
 		}
@@ -80,15 +135,17 @@ func (s *Service) SendInput(ctx context.Context, req *rpc.SendInputRequest) (*rp
 	if err != nil {
 		return nil, err
 	}
-	if err := e.send(ctx, req.GetInput()); err != nil {
+	if err := e.send(ctx, req.GetInput(), new(inputCount)); err != nil {
 		return nil, err
 	}
 	return &rpc.SendInputResponse{}, nil
 }
 
-// StreamInput writes a stream of chunks to one process.
+// StreamInput writes a stream of chunks to one process. An error says how much of
+// them all was written.
 func (s *Service) StreamInput(ctx context.Context, stream *connect.ClientStream[rpc.StreamInputRequest]) (*rpc.StreamInputResponse, error) {
 	var e *entry
+	var written inputCount
 	for stream.Receive() {
 		switch event := stream.Msg().GetEvent().(type) {
 		case *rpc.StreamInputRequest_Start:
@@ -101,7 +158,7 @@ func (s *Service) StreamInput(ctx context.Context, stream *connect.ClientStream[
 			if e == nil {
 				return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the first event must be start"))
 			}
-			if err := e.send(ctx, event.Data.GetInput()); err != nil {
+			if err := e.send(ctx, event.Data.GetInput(), &written); err != nil {
 				return nil, err
 			}
 		case *rpc.StreamInputRequest_Keepalive:
@@ -128,12 +185,16 @@ func (s *Service) CloseStdin(ctx context.Context, req *rpc.CloseStdinRequest) (*
 		return &rpc.CloseStdinResponse{}, nil
 	}
 	if err := e.in.close(ctx); err != nil {
-		return nil, connect.NewError(connect.CodeUnknown, fmt.Errorf("close stdin: %w", err))
+		return nil, inputError(fmt.Errorf("close stdin: %w", err))
 	}
 	return &rpc.CloseStdinResponse{}, nil
 }
 
-func (e *entry) send(ctx context.Context, in *rpc.ProcessInput) error {
+// inputCount counts the bytes that a call has given to a process, of those it was
+// to give so far.
+type inputCount struct{ written, wanted int }
+
+func (e *entry) send(ctx context.Context, in *rpc.ProcessInput, count *inputCount) error {
 	var data []byte
 	switch input := in.GetInput().(type) {
 	case *rpc.ProcessInput_Stdin:
@@ -152,9 +213,28 @@ func (e *entry) send(ctx context.Context, in *rpc.ProcessInput) error {
 	if e.in == nil {
 		return connect.NewError(connect.CodeInternal, errors.New("stdin is not open: the process was started without it"))
 	}
-	err := e.in.write(ctx, data)
-	if err != nil && ctx.Err() == nil {
-		return connect.NewError(connect.CodeInternal, err)
+	n, err := e.in.write(ctx, data)
+	count.written += n
+	count.wanted += len(data)
+	if err == nil {
+		return nil
 	}
-	return err
+	// Whoever sends the rest must know where it begins, or it comes twice.
+	failure := inputError(fmt.Errorf("wrote %d of %d bytes: %w", count.written, count.wanted, err))
+	failure.Meta().Set(inputHeader, strconv.Itoa(count.written))
+	return failure
+}
+
+// inputError gives an error of an input its code.
+func inputError(err error) *connect.Error {
+	code := connect.CodeInternal
+	switch {
+	case errors.Is(err, errGone):
+		code = connect.CodeNotFound
+	case errors.Is(err, context.DeadlineExceeded):
+		code = connect.CodeDeadlineExceeded
+	case errors.Is(err, context.Canceled):
+		code = connect.CodeCanceled
+	}
+	return connect.NewError(code, err)
 }

@@ -64,9 +64,12 @@ func TestOutputGivesWayOnlyWhenNobodyReads(t *testing.T) {
 		for range 100 {
 			o.write(stdout, chunk) // nobody reads: never waits
 		}
-		r := o.attach(0, false)
-		if first := o.end - r.offset; first > keepOutput || first < keepOutput/2 {
-			t.Errorf("%d bytes are kept", first)
+		r, err := o.attach(place{offset: new(int64)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if kept := o.end - r.start; kept > keepOutput+maxChunk || kept < keepOutput || r.lost != r.start {
+			t.Errorf("%d bytes are kept, %d lost", kept, r.lost)
 		}
 		written := make(chan struct{})
 		go func() {
@@ -82,7 +85,7 @@ func TestOutputGivesWayOnlyWhenNobodyReads(t *testing.T) {
 		}
 		start, n := r.offset, 0
 		for {
-			_, data, _ := r.next()
+			_, data, _, _ := r.next()
 			synctest.Wait()
 			if len(data) == 0 {
 				break
@@ -105,8 +108,8 @@ func TestOutputGivesWayOnlyWhenNobodyReads(t *testing.T) {
 			t.Errorf("the writer still waits at %d", o.end)
 		}
 		o.finish(End{Code: 3})
-		late := o.attach(0, true)
-		if _, data, end := late.next(); len(data) != 0 || end == nil || end.Code != 3 {
+		late, _ := o.attach(place{})
+		if _, data, end, _ := late.next(); len(data) != 0 || end == nil || end.Code != 3 {
 			t.Errorf("a late reader gets %d bytes and %v", len(data), end)
 		}
 	})
