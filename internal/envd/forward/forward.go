@@ -1,0 +1,255 @@
+// Package forward makes what listens on a loopback address inside the sandbox
+// reachable from outside: whoever connects to one of the machine's other
+// addresses at that port is connected to the listener. A listener of the
+// sandbox's own on such an address always goes before.
+package forward
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// interval between two looks at what listens. Together with what a look and
+	// its consequences take it has to stay below 100 ms.
+	interval = 50 * time.Millisecond
+	// restFactor bounds the share of a processor that looking takes where there is
+	// much to see: gVisor shows listeners only together with all connections.
+	restFactor = 10
+	// lingering is how long it is looked after a Wake although nothing runs yet.
+	lingering = 5 * time.Second
+	// addressLife is how long the machine's addresses are taken for unchanged.
+	addressLife = 5 * time.Second
+	// maxConnections at once; further ones wait to be accepted.
+	maxConnections = 4096
+	dialTimeout    = 30 * time.Second
+)
+
+// Config of a Forwarder.
+type Config struct {
+	Log *slog.Logger
+	// Reserved ports are never forwarded: the agent's own.
+	Reserved []uint16
+	// Idle says that nothing can be listening because nothing runs. The
+	// forwarder then rests until it is woken. Nil if that cannot be told.
+	Idle func() bool
+}
+
+// Forwarder finds listeners on loopback addresses and forwards connections to
+// them. Make one with New.
+type Forwarder struct {
+	config Config
+	wake   chan struct{}
+	woken  atomic.Int64 // when it was woken last, Unix nanoseconds
+	slots  chan struct{}
+	serves sync.WaitGroup
+
+	expose    func(context.Context) (exposer, error)
+	sockets   sockets
+	exposer   exposer
+	listeners []listener
+	addrsRead time.Time // zero if not all is forwarded that should be
+
+	mu    sync.Mutex
+	paths map[netip.AddrPort]netip.AddrPort // from outside address to loopback address
+}
+
+// New returns a forwarder that does nothing before Run.
+func New(c Config) *Forwarder {
+	f := &Forwarder{config: c, wake: make(chan struct{}, 1), slots: make(chan struct{}, maxConnections)}
+	f.expose = func(ctx context.Context) (exposer, error) { return newRedirect(ctx, f.serve, c.Log) }
+	return f
+}
+
+// Wake makes a resting forwarder look again: something is about to run.
+func (f *Forwarder) Wake() {
+	f.woken.Store(time.Now().UnixNano())
+	select {
+	case f.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run forwards until ctx ends. It leaves nothing behind: no connection, listener
+// or rule.
+func (f *Forwarder) Run(ctx context.Context) {
+	log := f.config.Log
+	var err error
+	if f.sockets, err = openSockets(); err != nil {
+		log.Warn("Listeners on loopback addresses are not forwarded", "error", err)
+		return
+	}
+	defer f.sockets.close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer f.serves.Wait()
+	defer cancel()
+	if f.exposer, err = f.expose(ctx); err != nil {
+		log.Info("Ports are forwarded by listening on them", "reason", err)
+		f.exposer = newListening(ctx, f.serve)
+	}
+	defer f.exposer.close()
+
+	failing := false
+	for {
+		took, err := f.look()
+		if err != nil && !failing {
+			log.Warn("Cannot forward listeners on loopback addresses", "error", err)
+		}
+		failing = err != nil
+		if !f.pause(ctx, took, failing) {
+			return
+		}
+	}
+}
+
+// pause waits until it is time for the next look; false says that ctx ended.
+func (f *Forwarder) pause(ctx context.Context, took time.Duration, failing bool) bool {
+	var next <-chan time.Time
+	rest := max(interval, took*restFactor)
+	if failing {
+		rest = max(rest, time.Second)
+	}
+	if !f.resting() {
+		timer := time.NewTimer(rest)
+		defer timer.Stop()
+		next = timer.C
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-next:
+	case <-f.wake:
+	}
+	return true
+}
+
+// resting says that nothing runs whose listeners the last look could have missed.
+func (f *Forwarder) resting() bool {
+	if f.config.Idle == nil || len(f.paths) > 0 {
+		return false
+	}
+	return time.Now().UnixNano()-f.woken.Load() > int64(lingering) && f.config.Idle()
+}
+
+// look brings what is forwarded in line with what listens. It tells how long it
+// took to see that.
+func (f *Forwarder) look() (took time.Duration, err error) {
+	now := time.Now()
+	listeners, err := f.sockets.listeners()
+	if err != nil {
+		return 0, err
+	}
+	took = time.Since(now)
+	listeners = without(listeners, f.exposer.own())
+	if slices.Equal(listeners, f.listeners) && now.Sub(f.addrsRead) < addressLife {
+		return took, nil
+	}
+	f.addrsRead = time.Time{}
+	addrs, err := outsideAddrs()
+	if err != nil {
+		return took, err
+	}
+	paths := plan(listeners, addrs, f.config.Reserved)
+	// The paths first: a connection that comes through a new one finds its way.
+	f.mu.Lock()
+	f.paths = paths
+	f.mu.Unlock()
+	done, err := f.exposer.expose(paths)
+	if done && err == nil {
+		f.listeners, f.addrsRead = listeners, now
+	}
+	return took, err
+}
+
+// serve forwards one connection that was made to the address to.
+func (f *Forwarder) serve(ctx context.Context, conn *net.TCPConn, to netip.AddrPort, fresh bool) {
+	select {
+	case f.slots <- struct{}{}:
+	case <-ctx.Done():
+		reset(conn)
+		return
+	}
+	f.serves.Go(func() {
+		defer func() { <-f.slots }()
+		path, err := f.path(to, fresh)
+		if err != nil {
+			reset(conn)
+			return
+		}
+		dialer := net.Dialer{Timeout: dialTimeout, KeepAlive: -1}
+		inner, err := dialer.DialContext(ctx, "tcp", path.String())
+		if err != nil {
+			reset(conn)
+			return
+		}
+		join(ctx, conn, inner.(*net.TCPConn))
+	})
+}
+
+var errNoListener = errors.New("nothing listens there")
+
+// path tells where a connection to an outside address goes. With fresh it is
+// made sure that this is so at this moment: what listened at the last look may
+// be gone, and the sandbox may have come to listen on the outside address itself.
+func (f *Forwarder) path(to netip.AddrPort, fresh bool) (netip.AddrPort, error) {
+	if !fresh {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if path, ok := f.paths[to]; ok {
+			return path, nil
+		}
+		return netip.AddrPort{}, errNoListener
+	}
+	listeners, err := f.sockets.listeners()
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	if served(listeners, to) {
+		return to, nil
+	}
+	if path, ok := plan(listeners, []netip.Addr{to.Addr()}, f.config.Reserved)[to]; ok {
+		return path, nil
+	}
+	return netip.AddrPort{}, errNoListener
+}
+
+// outsideAddrs lists the addresses at which the machine is reached.
+func outsideAddrs() ([]netip.Addr, error) {
+	links, err := net.Interfaces()
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	var outside []netip.Addr
+	for _, link := range links {
+		if link.Flags&net.FlagUp == 0 || link.Flags&net.FlagLoopback != 0 {
+			continue
+		}
+		addrs, err := link.Addrs()
+		if err != nil {
+			return nil, fmt.Errorf("list addresses of link %s: %w", link.Name, err)
+		}
+		for _, a := range addrs {
+			ipnet, ok := a.(*net.IPNet)
+			if !ok {
+				continue
+			}
+			addr, ok := netip.AddrFromSlice(ipnet.IP)
+			if !ok || addr.IsLoopback() {
+				continue
+			}
+			if addr = addr.Unmap(); addr.Is6() && addr.IsLinkLocalUnicast() {
+				addr = addr.WithZone(link.Name)
+			}
+			outside = append(outside, addr)
+		}
+	}
+	return outside, nil
+}
