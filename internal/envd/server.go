@@ -78,21 +78,7 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 		<-reaping
 		a.watches.Close()
 	}()
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{
-		Handler:           a.handler,
-		Protocols:         protocols,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       640 * time.Second,
-		// Every attached client holds a stream for as long as it stays.
-		HTTP2:    &http.HTTP2Config{MaxConcurrentStreams: 1 << 16},
-		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
-	}
-	stop := context.AfterFunc(ctx, func() { server.Close() })
-	defer stop()
-	err := server.Serve(l)
+	err := a.serveHTTP(ctx, l)
 	if ctx.Err() != nil {
 		return nil
 	}

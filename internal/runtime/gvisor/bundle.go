@@ -82,6 +82,7 @@ func bundleSpec(cfg runtime.Config, cgroup string) *specs.Spec {
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
 			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
+			{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev"}},
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "mode=755"}},
 			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec"}},
 			{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", fmt.Sprintf("size=%dm", max(cfg.Resources.MemoryMiB/2, 1))}},
@@ -162,6 +163,7 @@ func commonFlags(root string) []string {
 		"--platform=systrap",
 		"--directfs=true",                // files are opened without asking the gofer each time; see docs/security.md
 		"--file-access-mounts=exclusive", // the one mount is the guest agent, which never changes
+		"--in-sandbox-cgroup=v2",         // with which the guest agent limits and ends what it starts
 		"--allow-suid",                   // sudo
 		"--net-raw",                      // ping
 	}
