@@ -36,8 +36,6 @@ const (
 // Config of a Forwarder.
 type Config struct {
 	Log *slog.Logger
-	// Reserved ports are never forwarded: the agent's own.
-	Reserved []uint16
 	// Idle says that nothing can be listening because nothing runs. The
 	// forwarder then rests until it is woken. Nil if that cannot be told.
 	Idle func() bool
@@ -52,6 +50,7 @@ type Forwarder struct {
 	slots  chan struct{}
 	serves sync.WaitGroup
 
+	reserved  uint16
 	expose    func(context.Context) (exposer, error)
 	sockets   sockets
 	exposer   exposer
@@ -78,9 +77,10 @@ func (f *Forwarder) Wake() {
 	}
 }
 
-// Run forwards until ctx ends. It leaves nothing behind: no connection, listener
-// or rule.
-func (f *Forwarder) Run(ctx context.Context) {
+// Run forwards until ctx ends, but never the reserved port. It leaves nothing
+// behind: no connection, listener or rule.
+func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
+	f.reserved = reserved
 	log := f.config.Log
 	var err error
 	if f.sockets, err = openSockets(); err != nil {
@@ -157,7 +157,7 @@ func (f *Forwarder) look() (took time.Duration, err error) {
 	if err != nil {
 		return took, err
 	}
-	paths := plan(listeners, addrs, f.config.Reserved)
+	paths := plan(listeners, addrs, f.reserved)
 	// The paths first: a connection that comes through a new one finds its way.
 	f.mu.Lock()
 	f.paths = paths
@@ -215,7 +215,7 @@ func (f *Forwarder) path(to netip.AddrPort, fresh bool) (netip.AddrPort, error) 
 	if served(listeners, to) {
 		return to, nil
 	}
-	if path, ok := plan(listeners, []netip.Addr{to.Addr()}, f.config.Reserved)[to]; ok {
+	if path, ok := plan(listeners, []netip.Addr{to.Addr()}, f.reserved)[to]; ok {
 		return path, nil
 	}
 	return netip.AddrPort{}, errNoListener

@@ -37,11 +37,11 @@ func TestMain(m *testing.M) {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	f := New(Config{Log: log, Reserved: []uint16{49983}})
+	f := New(Config{Log: log})
 	if mode == "listen" {
 		f.expose = func(ctx context.Context) (exposer, error) { return newListening(ctx, f.serve), nil }
 	}
-	f.Run(ctx)
+	f.Run(ctx, 49983)
 }
 
 // world is a sandbox's network namespace, and one outside it that has a link to it.
@@ -69,6 +69,17 @@ func newWorld(t testing.TB, mode string) *world {
 		return configure("eth0", guest4+"/30", guest6+"/64")
 	}))
 	must(t, w.in(w.outside, func() error { return configure("peer0", "169.254.0.22/30", "fd00::22/64") }))
+	// What is sent before both ends are up is lost.
+	for ns, name := range map[netns.NsHandle]string{w.guest: "eth0", w.outside: "peer0"} {
+		w.eventually(t, name+" is up", func() (up bool) {
+			must(t, w.in(ns, func() error {
+				link, err := netlink.LinkByName(name)
+				up = err == nil && link.Attrs().OperState == netlink.OperUp
+				return err
+			}))
+			return up
+		})
+	}
 	w.start(t, mode)
 	return w
 }

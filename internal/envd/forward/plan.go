@@ -26,10 +26,10 @@ func compareListeners(a, b listener) int {
 // plan decides which connections from outside go where: from each address of the
 // machine and port to the listener on a loopback address. Where the sandbox
 // itself listens there is no path.
-func plan(listeners []listener, outside []netip.Addr, reserved []uint16) map[netip.AddrPort]netip.AddrPort {
+func plan(listeners []listener, outside []netip.Addr, reserved uint16) map[netip.AddrPort]netip.AddrPort {
 	paths := make(map[netip.AddrPort]netip.AddrPort)
 	for _, l := range listeners {
-		if !l.addr.Addr().IsLoopback() || slices.Contains(reserved, l.addr.Port()) {
+		if !l.addr.Addr().IsLoopback() || l.addr.Port() == reserved {
 			continue
 		}
 		for _, a := range outside {

@@ -42,7 +42,7 @@ func TestPlan(t *testing.T) {
 				listeners = append(listeners, l)
 			}
 			got := make(map[string]string)
-			for from, to := range plan(listeners, outside, []uint16{49983}) {
+			for from, to := range plan(listeners, outside, 49983) {
 				got[from.String()] = to.String()
 			}
 			if diff := cmp.Diff(test.want, got, cmpopts.EquateEmpty()); diff != "" {
