@@ -20,6 +20,7 @@ import (
 	"github.com/wrenn/wrenn/internal/envd/access"
 	"github.com/wrenn/wrenn/internal/envd/files"
 	"github.com/wrenn/wrenn/internal/envd/filesystem"
+	"github.com/wrenn/wrenn/internal/envd/forward"
 	"github.com/wrenn/wrenn/internal/envd/logs"
 	"github.com/wrenn/wrenn/internal/envd/metrics"
 	"github.com/wrenn/wrenn/internal/envd/process"
@@ -38,6 +39,9 @@ type Config struct {
 	// OwnsMachine lets the agent change what is the whole system's: its clock,
 	// and the files in /run that say which sandbox it is.
 	OwnsMachine bool
+	// Forward makes listeners on loopback addresses reachable from outside. Never
+	// on a machine that is not the sandbox's alone: its services would be exposed.
+	Forward bool
 }
 
 // Agent is the guest agent. Make one with New.
@@ -52,6 +56,7 @@ type Agent struct {
 	handler  http.Handler
 	init     initializer
 
+	forwarder   *forward.Forwarder // nil if not asked for
 	ownsMachine bool
 }
 
@@ -60,6 +65,9 @@ func New(c Config) *Agent {
 	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsMachine: c.OwnsMachine}
 	a.log = slog.New(a.ring.Handler(slog.LevelInfo))
 	a.watches = filesystem.NewService(&a.settings, a.log)
+	if c.Forward {
+		a.forwarder = newForwarder(a.log)
+	}
 	a.handler = a.routes()
 	return a
 }
@@ -73,8 +81,14 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 		defer close(reaping)
 		a.reaper.Run(ctx)
 	}()
+	forwarding := make(chan struct{})
+	go func() {
+		defer close(forwarding)
+		a.runForwarder(ctx, l)
+	}()
 	defer func() {
 		cancel()
+		<-forwarding
 		<-reaping
 		a.watches.Close()
 	}()
@@ -104,7 +118,8 @@ func (a *Agent) routes() http.Handler {
 	// Messages may come compressed, but answers are not: they go over a link to
 	// the host next door, and the sandbox's processors are its user's.
 	options := connect.WithCompressMinBytes(math.MaxInt)
-	guarded.Handle(processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options))
+	path, processes := processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options)
+	guarded.Handle(path, a.wakeForwarder(processes))
 	guarded.Handle(filesystemconnect.NewFilesystemHandler(a.watches, options))
 	open.Handle("/", a.requireToken(guarded))
 	return allowOrigins(withUser(open))
