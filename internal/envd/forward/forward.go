@@ -89,13 +89,14 @@ func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
 	}
 	defer f.sockets.close()
 	ctx, cancel := context.WithCancel(ctx)
-	defer f.serves.Wait()
-	defer cancel()
 	if f.exposer, err = f.expose(ctx); err != nil {
 		log.Info("Ports are forwarded by listening on them", "reason", err)
 		f.exposer = newListening(ctx, f.serve)
 	}
-	defer f.exposer.close()
+	defer f.exposer.close() // last, so that peers still hear of their connections' end
+	defer f.serves.Wait()
+	defer f.exposer.stop()
+	defer cancel()
 
 	failing := false
 	for {

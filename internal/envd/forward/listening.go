@@ -20,6 +20,8 @@ type exposer interface {
 	expose(paths map[netip.AddrPort]netip.AddrPort) (done bool, err error)
 	// own lists the addresses on which the exposer itself listens.
 	own() []netip.AddrPort
+	// stop ends the taking of connections, close all else.
+	stop()
 	close()
 }
 
@@ -110,7 +112,9 @@ func (e *listening) own() []netip.AddrPort {
 	return own
 }
 
-func (e *listening) close() {
+func (e *listening) close() {}
+
+func (e *listening) stop() {
 	for _, l := range e.open {
 		l.Close()
 	}

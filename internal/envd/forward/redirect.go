@@ -46,7 +46,7 @@ func newRedirect(ctx context.Context, serve server, log *slog.Logger) (*redirect
 		err = r.install()
 	}
 	if err != nil {
-		r.close()
+		r.stop()
 		return nil, err
 	}
 	for _, l := range r.listeners {
@@ -198,11 +198,14 @@ func setKey(at netip.AddrPort) []byte {
 // own is empty: the forwarder's port is on all addresses, and no path leads there.
 func (r *redirect) own() []netip.AddrPort { return nil }
 
-func (r *redirect) close() {
+func (r *redirect) stop() {
 	for _, l := range r.listeners {
 		l.Close()
 	}
 	r.loops.Wait()
+}
+
+func (r *redirect) close() {
 	if r.table == nil {
 		return
 	}
