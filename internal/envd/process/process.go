@@ -1,11 +1,12 @@
 package process
 
 import (
+	"io"
 	"os"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,18 +32,10 @@ func endOf(status syscall.WaitStatus) End {
 	return End{Code: -1, Status: text}
 }
 
-const (
-	// drainQuiet is how long nothing may come from a process's outputs after it
-	// has exited before its output counts as complete, when another process still
-	// holds them open.
-	drainQuiet = 50 * time.Millisecond
-	// drainLimit bounds that for a child that keeps writing.
-	drainLimit = time.Second
-)
-
-// Process is a started program: a session or a process group of its own.
+// Process is a started program: a session of its own.
 type Process struct {
 	pid      int
+	child    *child
 	reaper   *Reaper
 	out      *output
 	in       *input   // nil when stdin is /dev/null
@@ -56,8 +49,9 @@ type Process struct {
 type stream struct {
 	kind      kind
 	file      *os.File
+	mu        sync.Mutex   // held over a read, so that taken and what is left add up
+	taken     int64        // bytes read; guarded by mu
 	delivered atomic.Int64 // bytes given to the output
-	busy      atomic.Bool  // has read something that is not delivered yet
 	eof       atomic.Bool
 }
 
@@ -85,12 +79,10 @@ func (p *Process) pump(s *stream) {
 	defer s.file.Close()
 	buf := make([]byte, maxChunk)
 	for {
-		n, err := s.file.Read(buf)
+		n, err := s.read(buf)
 		if n > 0 {
-			s.busy.Store(true)
 			p.out.write(s.kind, buf[:n])
 			s.delivered.Add(int64(n))
-			s.busy.Store(false)
 		}
 		if err != nil { // EOF; EIO from a terminal that everybody has closed
 			s.eof.Store(true)
@@ -105,53 +97,41 @@ func (p *Process) pump(s *stream) {
 	}
 }
 
-// drain waits until the output of the process, which has exited, is complete:
-// usually at once, when its outputs are closed. Children that hold them open may
-// have more to say (tee at the end of a script) or be there to stay (a server in
-// the background), so they get a moment.
-func (p *Process) drain() {
-	targets := make([]int64, len(p.streams))
-	for i, s := range p.streams {
-		targets[i] = s.delivered.Load() + maxChunk + s.pending()
-	}
-	limit := time.Now().Add(drainLimit)
-	quiet := time.NewTimer(drainQuiet)
-	defer quiet.Stop()
-	for {
-		allEOF, idle, reached := true, true, true
-		for i, s := range p.streams {
-			if s.eof.Load() {
-				continue
-			}
-			allEOF = false
-			reached = reached && s.delivered.Load() >= targets[i]
-			idle = idle && !s.busy.Load() && s.pending() == 0
-		}
-		if allEOF || (reached && time.Now().After(limit)) {
-			return
-		}
-		select {
-		case <-p.activity:
-			quiet.Reset(drainQuiet)
-		case <-quiet.C:
-			if idle {
-				return
-			}
-			quiet.Reset(drainQuiet)
-		}
-	}
-}
-
-// pending returns how many bytes wait to be read.
-func (s *stream) pending() int64 {
+// read waits for output and reads some.
+func (s *stream) read(buf []byte) (n int, err error) {
 	conn, err := s.file.SyscallConn()
 	if err != nil {
-		return 0
+		return 0, err
 	}
-	var n int
-	_ = conn.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
-	return int64(n)
+	waitErr := conn.Read(func(fd uintptr) bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		n, err = readNow(int(fd), buf)
+		if err == unix.EIO {
+			// Linux looks for output first and whether the terminal is closed
+			// then: what was written and closed in between is still there.
+			n, err = readNow(int(fd), buf)
+		}
+		s.taken += int64(max(n, 0))
+		return err != unix.EAGAIN
+	})
+	switch {
+	case err == nil && waitErr != nil:
+		return 0, waitErr
+	case err == nil && n == 0:
+		return 0, io.EOF
+	}
+	return max(n, 0), err
 }
 
-// Signal sends sig to the process and the others of its group.
-func (p *Process) Signal(sig syscall.Signal) error { return p.reaper.signal(p.pid, sig) }
+func readNow(fd int, buf []byte) (n int, err error) {
+	for {
+		if n, err = unix.Read(fd, buf); err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+// Signal sends sig to the process and the others of its group, SIGKILL to all
+// that it has started.
+func (p *Process) Signal(sig syscall.Signal) error { return p.reaper.signal(p.child, sig) }
