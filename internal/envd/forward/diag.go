@@ -43,7 +43,7 @@ func openDiag() (*diag, error) {
 		return nil, fmt.Errorf("open socket diagnostics: %w", err)
 	}
 	d := &diag{fd: fd, buf: make([]byte, 32<<10)}
-	if _, err := d.listeners(); err != nil {
+	if _, _, err := d.listeners(); err != nil {
 		d.close()
 		return nil, err
 	}
@@ -52,18 +52,18 @@ func openDiag() (*diag, error) {
 
 func (d *diag) close() { unix.Close(d.fd) }
 
-func (d *diag) listeners() ([]listener, error) {
+func (d *diag) listeners() (ls []listener, seen int, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	ls, err := d.dump(nil, unix.AF_INET)
+	ls, err = d.dump(nil, unix.AF_INET)
 	if err != nil {
-		return nil, fmt.Errorf("list listening sockets: %w", err)
+		return nil, 0, fmt.Errorf("list listening sockets: %w", err)
 	}
 	ls, err = d.dump(ls, unix.AF_INET6)
 	if err != nil && !errors.Is(err, unix.ENOENT) { // no IPv6
-		return nil, fmt.Errorf("list listening IPv6 sockets: %w", err)
+		return nil, 0, fmt.Errorf("list listening IPv6 sockets: %w", err)
 	}
-	return sorted(ls), nil
+	return sorted(ls), len(ls), nil
 }
 
 // dump appends the listeners of one family.

@@ -21,9 +21,10 @@ const (
 	// interval between two looks at what listens. Together with what a look and
 	// its consequences take it has to stay below 100 ms.
 	interval = 50 * time.Millisecond
-	// restFactor bounds the share of a processor that looking takes where there is
-	// much to see: gVisor shows listeners only together with all connections.
-	restFactor = 10
+	// restPerSocket stretches the interval where many sockets have to be looked at
+	// to find those that listen, which bounds the looking's share of a processor:
+	// gVisor shows listeners only together with all connections.
+	restPerSocket = 50 * time.Microsecond
 	// lingering is how long it is looked after a Wake although nothing runs yet.
 	lingering = 5 * time.Second
 	// addressLife is how long the machine's addresses are taken for unchanged.
@@ -100,21 +101,21 @@ func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
 
 	failing := false
 	for {
-		took, err := f.look()
+		seen, err := f.look()
 		if err != nil && !failing {
 			log.Warn("Cannot forward listeners on loopback addresses", "error", err)
 		}
 		failing = err != nil
-		if !f.pause(ctx, took, failing) {
+		if !f.pause(ctx, seen, failing) {
 			return
 		}
 	}
 }
 
 // pause waits until it is time for the next look; false says that ctx ended.
-func (f *Forwarder) pause(ctx context.Context, took time.Duration, failing bool) bool {
+func (f *Forwarder) pause(ctx context.Context, seen int, failing bool) bool {
 	var next <-chan time.Time
-	rest := max(interval, took*restFactor)
+	rest := max(interval, time.Duration(seen)*restPerSocket)
 	if failing {
 		rest = max(rest, time.Second)
 	}
@@ -140,23 +141,22 @@ func (f *Forwarder) resting() bool {
 	return time.Now().UnixNano()-f.woken.Load() > int64(lingering) && f.config.Idle()
 }
 
-// look brings what is forwarded in line with what listens. It tells how long it
-// took to see that.
-func (f *Forwarder) look() (took time.Duration, err error) {
+// look brings what is forwarded in line with what listens. It tells how many
+// sockets had to be looked at.
+func (f *Forwarder) look() (seen int, err error) {
 	now := time.Now()
-	listeners, err := f.sockets.listeners()
+	listeners, seen, err := f.sockets.listeners()
 	if err != nil {
 		return 0, err
 	}
-	took = time.Since(now)
 	listeners = without(listeners, f.exposer.own())
 	if slices.Equal(listeners, f.listeners) && now.Sub(f.addrsRead) < addressLife {
-		return took, nil
+		return seen, nil
 	}
 	f.addrsRead = time.Time{}
 	addrs, err := outsideAddrs()
 	if err != nil {
-		return took, err
+		return seen, err
 	}
 	paths := plan(listeners, addrs, f.reserved)
 	// The paths first: a connection that comes through a new one finds its way.
@@ -167,7 +167,7 @@ func (f *Forwarder) look() (took time.Duration, err error) {
 	if done && err == nil {
 		f.listeners, f.addrsRead = listeners, now
 	}
-	return took, err
+	return seen, err
 }
 
 // serve forwards one connection that was made to the address to.
@@ -209,7 +209,7 @@ func (f *Forwarder) path(to netip.AddrPort, fresh bool) (netip.AddrPort, error) 
 		}
 		return netip.AddrPort{}, errNoListener
 	}
-	listeners, err := f.sockets.listeners()
+	listeners, _, err := f.sockets.listeners()
 	if err != nil {
 		return netip.AddrPort{}, err
 	}

@@ -76,7 +76,7 @@ func TestTheTablesOfTheSystemAreRead(t *testing.T) {
 	must(t, err)
 	defer p.close()
 	p.buf = make([]byte, 16) // grows as it must
-	got, err := p.listeners()
+	got, _, err := p.listeners()
 	must(t, err)
 	var addrs []string
 	for _, l := range got {
@@ -104,11 +104,11 @@ func TestBothWaysOfListingAgree(t *testing.T) {
 			return err
 		}
 		defer p.close()
-		a, err := d.listeners()
+		a, _, err := d.listeners()
 		if err != nil {
 			return err
 		}
-		b, err := p.listeners()
+		b, _, err := p.listeners()
 		if err != nil {
 			return err
 		}

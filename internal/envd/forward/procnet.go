@@ -45,18 +45,18 @@ func (p *procNet) close() {
 	}
 }
 
-func (p *procNet) listeners() ([]listener, error) {
+func (p *procNet) listeners() (ls []listener, seen int, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var ls []listener
 	for _, f := range p.files {
 		table, err := p.read(f)
 		if err != nil {
-			return nil, fmt.Errorf("read socket table: %w", err)
+			return nil, 0, fmt.Errorf("read socket table: %w", err)
 		}
+		seen += bytes.Count(table, []byte{'\n'})
 		ls = parseTable(ls, table)
 	}
-	return sorted(ls), nil
+	return sorted(ls), seen, nil
 }
 
 // read reads a file whole, in one go if its buffer is large enough: a table that

@@ -11,8 +11,9 @@ import (
 // sockets tells which TCP sockets of the system listen. It may be asked by
 // several at once.
 type sockets interface {
-	// listeners are in order, and listed as often as there are sockets.
-	listeners() ([]listener, error)
+	// listeners are in order, and listed as often as there are sockets. seen is
+	// how many sockets were looked at to find them.
+	listeners() (ls []listener, seen int, err error)
 	close()
 }
 
