@@ -10,11 +10,16 @@ import (
 	"syscall"
 
 	"github.com/wrenn/wrenn/internal/envd"
+	"github.com/wrenn/wrenn/internal/envd/machine"
+	"github.com/wrenn/wrenn/internal/envd/mmds"
+	"github.com/wrenn/wrenn/internal/envd/reserve"
 )
 
 func main() {
 	listen := flag.String("listen", "0.0.0.0:49983", "`address` to answer on")
 	asInit := flag.Bool("init", envd.IsInit(), "reap orphans, as pid 1 must")
+	asVM := flag.Bool("vm", false, "be the first process of a virtual machine: mount, set up the network, power off on request")
+	metadata := flag.Bool("mmds", false, "ask the virtual machine's monitor for the sandbox's identity (wrenn.mmds=1 on the kernel's command line does the same)")
 	forward := flag.Bool("forward", envd.IsInit(), "make what listens on the loopback reachable from outside")
 	showVersion := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
@@ -22,18 +27,57 @@ func main() {
 		fmt.Println(envd.Version)
 		return
 	}
-	if err := run(*listen, *asInit, *forward); err != nil {
+	var err error
+	switch {
+	case *asVM && !envd.IsInit():
+		err = fmt.Errorf("-vm is for pid 1 of a machine")
+	case *asVM:
+		err = runMachine(*listen, *metadata, *forward)
+	default:
+		err = run(*listen, *asInit, *metadata, *forward)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)
 		os.Exit(1)
 	}
 }
 
-func run(address string, asInit, forward bool) error {
+func run(address string, asInit, metadata, forward bool) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	if envd.IsInit() { // of a container, which only its runtime ends
+		stop()
+		ctx = context.Background()
+		reserve.IgnoreSignals()
+		reserve.Take()
+	}
 	defer stop()
 	l, err := envd.Listen(address)
 	if err != nil {
 		return err
 	}
-	return envd.New(envd.Config{Init: asInit, OwnsMachine: envd.IsInit(), Forward: forward}).Serve(ctx, l)
+	config := envd.Config{Init: asInit, OwnsMachine: envd.IsInit(), Forward: forward}
+	if metadata {
+		config.Metadata = mmds.New(mmds.Address)
+	}
+	return envd.New(config).Serve(ctx, l)
+}
+
+// runMachine serves until the machine's end is asked for, and then ends it. Also
+// when serving fails: a kernel whose first process exits panics. It returns only
+// when the kernel refuses to end the machine.
+func runMachine(address string, metadata, forward bool) error {
+	m := machine.Boot()
+	reserve.Take()
+	config := envd.Config{Init: true, OwnsMachine: true, Machine: m, Forward: forward}
+	if metadata || m.Params().MMDS {
+		config.Metadata = mmds.New(mmds.Address)
+	}
+	l, err := envd.Listen(address)
+	if err == nil {
+		err = envd.New(config).Serve(m.Stopped(), l)
+	}
+	if err != nil {
+		m.Log().Error("the guest agent ends, and the machine with it", "error", err)
+	}
+	return m.PowerOff()
 }

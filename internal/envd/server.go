@@ -22,7 +22,9 @@ import (
 	"github.com/wrenn/wrenn/internal/envd/filesystem"
 	"github.com/wrenn/wrenn/internal/envd/forward"
 	"github.com/wrenn/wrenn/internal/envd/logs"
+	"github.com/wrenn/wrenn/internal/envd/machine"
 	"github.com/wrenn/wrenn/internal/envd/metrics"
+	"github.com/wrenn/wrenn/internal/envd/mmds"
 	"github.com/wrenn/wrenn/internal/envd/process"
 	"github.com/wrenn/wrenn/internal/envd/settings"
 	"github.com/wrenn/wrenn/internal/envd/user"
@@ -42,6 +44,10 @@ type Config struct {
 	// Forward makes listeners on loopback addresses reachable from outside. Never
 	// on a machine that is not the sandbox's alone: its services would be exposed.
 	Forward bool
+	// Machine is the virtual machine whose pid 1 the agent is; else nil.
+	Machine *machine.Machine
+	// Metadata answers who the machine is; nil where nothing does.
+	Metadata *mmds.Client
 }
 
 // Agent is the guest agent. Make one with New.
@@ -58,12 +64,23 @@ type Agent struct {
 
 	forwarder   *forward.Forwarder // nil if not asked for
 	ownsMachine bool
+	machine     *machine.Machine
+	setClock    func(time.Time) error
+	metadata    *mmds.Client
+	woken       chan struct{} // gets one after each boot and resume
 }
 
 // New returns an agent that does nothing yet.
 func New(c Config) *Agent {
 	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsMachine: c.OwnsMachine}
+	a.machine, a.metadata = c.Machine, c.Metadata
+	a.setClock, a.woken = setClock, make(chan struct{}, 1)
 	a.log = slog.New(a.ring.Handler(slog.LevelInfo))
+	if a.machine != nil {
+		for _, err := range a.machine.Problems() {
+			a.log.Warn("a duty of the machine's first process failed", "error", err)
+		}
+	}
 	a.watches = filesystem.NewService(&a.settings, a.log)
 	if c.Forward {
 		a.forwarder = newForwarder(a.log)
@@ -81,6 +98,13 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 		defer close(reaping)
 		a.reaper.Run(ctx)
 	}()
+	identifying := make(chan struct{})
+	go func() {
+		defer close(identifying)
+		if a.metadata != nil {
+			a.followIdentity(ctx)
+		}
+	}()
 	forwarding := make(chan struct{})
 	go func() {
 		defer close(forwarding)
@@ -89,6 +113,7 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 	defer func() {
 		cancel()
 		<-forwarding
+		<-identifying
 		<-reaping
 		a.watches.Close()
 	}()
@@ -114,6 +139,7 @@ func (a *Agent) routes() http.Handler {
 	guarded.HandleFunc("GET /metrics", a.serveMetrics)
 	guarded.HandleFunc("GET /envs", a.serveEnvs)
 	guarded.HandleFunc("GET /logs", a.serveLogs)
+	guarded.HandleFunc("POST /poweroff", a.servePowerOff)
 	guarded.HandleFunc("POST /files/compose", transfer.Compose)
 	// Messages may come compressed, but answers are not: they go over a link to
 	// the host next door, and the sandbox's processors are its user's.

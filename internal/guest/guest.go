@@ -6,6 +6,7 @@ package guest
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -80,7 +81,7 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 // SetToken changes the access token of further calls.
 func (c *Client) SetToken(token string) { c.token.Store(&token) }
 
-// InitRequest is what envd is told after every boot.
+// InitRequest is what envd is told after every boot and resume.
 type InitRequest struct {
 	AccessToken    string            `json:"accessToken,omitempty"`
 	EnvVars        map[string]string `json:"envVars,omitempty"`
@@ -89,12 +90,27 @@ type InitRequest struct {
 	DefaultWorkdir string            `json:"defaultWorkdir,omitempty"`
 	SandboxID      string            `json:"sandboxID,omitempty"`
 	TemplateID     string            `json:"templateID,omitempty"`
+	CABundle       string            `json:"caBundle,omitempty"` // certificate authorities to trust, in PEM
+	// LifecycleID tells one boot or resume from the others; Init makes one up
+	// where it is empty.
+	LifecycleID string `json:"lifecycleID"`
+	// Entropy is what the guest's random numbers are drawn from besides its own:
+	// copies of one memory image would draw the same. Init makes it.
+	Entropy []byte `json:"entropy"`
 }
+
+// entropySize is how much randomness a guest gets, in bytes.
+const entropySize = 64
 
 // Init tells a guest agent that is just starting who it is, and returns its
 // version. It calls until the agent listens or ctx is over: that first answer
 // is how the host learns that a sandbox is up.
 func (c *Client) Init(ctx context.Context, req InitRequest) (version string, err error) {
+	req.Entropy = make([]byte, entropySize)
+	rand.Read(req.Entropy) // never fails
+	if req.LifecycleID == "" {
+		req.LifecycleID = rand.Text()
+	}
 	body, err := json.Marshal(req)
 	if err != nil {
 		return "", fmt.Errorf("encode init request: %w", err)
@@ -135,6 +151,20 @@ func (c *Client) init(ctx context.Context, body []byte) (string, error) {
 		return "", fmt.Errorf("initialise guest agent: malformed version %.40q", version)
 	}
 	return version, nil
+}
+
+// PowerOff asks the guest agent of a virtual machine to end it cleanly. It
+// returns when the agent has taken the request.
+func (c *Client) PowerOff(ctx context.Context) error {
+	resp, err := c.do(ctx, http.MethodPost, "/poweroff", nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		return statusError("power guest off", resp)
+	}
+	return nil
 }
 
 var versionPattern = regexp.MustCompile(`^[0-9A-Za-z.+-]{0,40}$`)

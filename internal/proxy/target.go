@@ -58,7 +58,7 @@ func (t requestTarget) url(host string, decodedPath string) *url.URL {
 // agentRoutes are served by the guest agent for its host alone.
 var agentRoutes = map[string]bool{
 	"init": true, "freeze": true, "unfreeze": true, "collapse": true,
-	"fsfreeze": true, "fsthaw": true, "upgrade": true, "logs": true,
+	"fsfreeze": true, "fsthaw": true, "upgrade": true, "logs": true, "poweroff": true,
 }
 
 // agentInternal reports whether any reading of an escaped path leads to one of

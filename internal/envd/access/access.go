@@ -50,6 +50,9 @@ func (g *Guard) Set(token string) {
 	g.token = token
 }
 
+// Secured reports whether a token is set.
+func (g *Guard) Secured() bool { return g.current() != "" }
+
 // Allows reports whether token opens the agent.
 func (g *Guard) Allows(token string) bool {
 	g.mu.RLock()

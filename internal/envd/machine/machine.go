@@ -36,15 +36,15 @@ type Machine struct {
 // Boot makes a running system of a kernel that has just started its first
 // process. What fails is kept for Problems: an agent that answers can be asked
 // what is wrong, one that gives up cannot.
-func Boot(console *slog.Logger) *Machine {
-	m := &Machine{log: console}
+func Boot() *Machine {
+	m := &Machine{}
 	m.stopped, m.off = context.WithCancel(context.Background())
-	m.watchSignals()
 	m.try("prepare process", ownProcess())
 	for _, err := range mountAll("/") {
 		m.try("mount", err)
 	}
-	// What the kernel was told is readable only now.
+	m.log = slog.New(slog.NewTextHandler(OpenConsole("/dev/console"), nil))
+	m.watchSignals()
 	m.params = readParams("/proc/cmdline")
 	for _, err := range m.params.invalid {
 		m.try("read parameter", err)
@@ -55,16 +55,20 @@ func Boot(console *slog.Logger) *Machine {
 	m.try("set hostname", m.setName(m.params.Hostname))
 	m.try("write resolver", writeResolver("/etc/resolv.conf", m.params.Resolvers))
 	m.try("set up network", configure(m.params))
+	for _, err := range m.problems {
+		m.log.Warn(err.Error())
+	}
 	return m
 }
 
 func (m *Machine) try(what string, err error) {
 	if err != nil {
-		err = fmt.Errorf("%s: %w", what, err)
-		m.problems = append(m.problems, err)
-		m.log.Warn(err.Error())
+		m.problems = append(m.problems, fmt.Errorf("%s: %w", what, err))
 	}
 }
+
+// Log is for what the host's operator has to see: it goes to the console.
+func (m *Machine) Log() *slog.Logger { return m.log }
 
 // Problems returns what did not work at boot.
 func (m *Machine) Problems() []error { return m.problems }

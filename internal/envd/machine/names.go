@@ -62,7 +62,7 @@ func (m *Machine) setNameLocked(name string) error {
 	m.named = name
 	return errors.Join(
 		writeFile("/etc/hostname", name+"\n"),
-		writeHosts("/etc/hosts", append([]Alias{{m.params.Address.Addr(), name}}, m.aliases...)),
+		WriteHosts("/etc/hosts", append([]Alias{{m.params.Address.Addr(), name}}, m.aliases...)),
 	)
 }
 
@@ -71,7 +71,7 @@ func (m *Machine) Alias(aliases []Alias) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.aliases = aliases
-	return writeHosts("/etc/hosts", append([]Alias{{m.params.Address.Addr(), m.named}}, aliases...))
+	return WriteHosts("/etc/hosts", append([]Alias{{m.params.Address.Addr(), m.named}}, aliases...))
 }
 
 // validName reports whether name can be a hostname: one label.
@@ -82,9 +82,9 @@ func validName(name string) bool {
 	return strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") == ""
 }
 
-// writeHosts keeps the user's lines of a hosts file, and names loopback where
-// they do not.
-func writeHosts(path string, aliases []Alias) error {
+// WriteHosts gives addresses names in the hosts file at path: those given before
+// go. It keeps the user's lines, and names loopback where they do not.
+func WriteHosts(path string, aliases []Alias) error {
 	old, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
@@ -47,4 +48,22 @@ func configureLink(p Params) error {
 		return fmt.Errorf("route by way of %s: %w", p.Gateway, err)
 	}
 	return nil
+}
+
+// Outside reports whether addr is reached by way of the gateway: it is neither
+// the machine's own, nor that of a network within it (of containers, say).
+// Whoever uses such an address falsely gets no answer.
+func (m *Machine) Outside(addr netip.Addr) bool {
+	if addr == m.params.Gateway {
+		return true
+	}
+	link, err := netlink.LinkByName(m.params.Link)
+	if err != nil {
+		return false
+	}
+	routes, err := netlink.RouteGet(addr.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return false
+	}
+	return routes[0].LinkIndex == link.Attrs().Index && routes[0].Gw.Equal(m.params.Gateway.AsSlice())
 }

@@ -118,32 +118,39 @@ func (c *Client) Wait(ctx context.Context) (Document, error) {
 func (c *Client) Get(ctx context.Context) (Document, error) {
 	ctx, cancel := context.WithTimeout(ctx, attempt)
 	defer cancel()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	fresh := c.token == ""
+	token := c.swap("")
+	fresh := token == ""
 	for {
-		if c.token == "" {
-			token, err := c.newToken(ctx)
-			if err != nil {
+		if token == "" {
+			var err error
+			if token, err = c.newToken(ctx); err != nil {
 				return Document{}, fmt.Errorf("get session token: %w", err)
 			}
-			c.token = token
 		}
 		status, body, err := c.do(ctx, http.MethodGet, "/", maxDocument, http.Header{
-			"X-Metadata-Token": {c.token}, "Accept": {"application/json"},
+			"X-Metadata-Token": {token}, "Accept": {"application/json"},
 		})
 		switch {
 		case err != nil:
 			return Document{}, fmt.Errorf("get metadata: %w", err)
 		case status == http.StatusUnauthorized && !fresh:
-			c.token, fresh = "", true
+			token, fresh = "", true
 			continue
 		case status != http.StatusOK:
-			c.token = ""
 			return Document{}, fmt.Errorf("get metadata: status %d", status)
 		}
+		c.swap(token) // good for the next time
 		return parse(body)
 	}
+}
+
+// swap keeps a session token and returns the one kept before.
+func (c *Client) swap(token string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	old := c.token
+	c.token = token
+	return old
 }
 
 func (c *Client) newToken(ctx context.Context) (string, error) {

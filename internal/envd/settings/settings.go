@@ -5,6 +5,7 @@ package settings
 
 import (
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -12,9 +13,6 @@ import (
 
 // RootUser is the default user until the host has named one.
 const RootUser = "root"
-
-// RunDir is where programs in the sandbox find who they are.
-const RunDir = "/run/e2b"
 
 // Settings is safe for concurrent use. The zero value is ready.
 type Settings struct {
@@ -77,11 +75,9 @@ func (s *Settings) SetEnv(env map[string]string) {
 // variables under both Wrenn's and E2B's names. An empty id leaves what was set.
 func (s *Settings) SetIdentity(sandboxID, templateID string) {
 	s.mu.Lock()
-	id := maps.Clone(s.identity)
-	if id == nil {
-		id = make(map[string]string)
-	}
-	id["E2B_SANDBOX"] = "true"
+	defer s.mu.Unlock()
+	id := s.cloneIdentity()
+	id["E2B_SANDBOX"], id["WRENN_SANDBOX"] = "true", "true"
 	if sandboxID != "" {
 		id["E2B_SANDBOX_ID"], id["WRENN_SANDBOX_ID"] = sandboxID, sandboxID
 	}
@@ -89,24 +85,49 @@ func (s *Settings) SetIdentity(sandboxID, templateID string) {
 		id["E2B_TEMPLATE_ID"], id["WRENN_TEMPLATE_ID"] = templateID, templateID
 	}
 	s.identity = id
-	s.mu.Unlock()
 }
 
-// WriteIdentity writes the same to files in dir, for programs that look there.
+// SetEvents tells processes where the host takes events.
+func (s *Settings) SetEvents(addr netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	id := s.cloneIdentity()
+	host := addr.String()
+	if addr.Is6() {
+		host = "[" + host + "]"
+	}
+	id["E2B_EVENTS_ADDRESS"] = "http://" + host
+	s.identity = id
+}
+
+// cloneIdentity returns a copy: the map is replaced as a whole, never changed.
+func (s *Settings) cloneIdentity() map[string]string {
+	id := maps.Clone(s.identity)
+	if id == nil {
+		id = make(map[string]string)
+	}
+	return id
+}
+
+// WriteIdentity writes the same to files in directories of dir, for programs
+// that look there: e2b/.E2B_SANDBOX_ID and so on, and the same for Wrenn.
 func (s *Settings) WriteIdentity(dir string) error {
 	s.mu.RLock()
-	id := s.identity // replaced as a whole, never changed
+	id := s.identity
 	s.mu.RUnlock()
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	for _, name := range []string{"E2B_SANDBOX", "E2B_SANDBOX_ID", "E2B_TEMPLATE_ID"} {
-		value, ok := id[name]
-		if !ok {
-			continue
-		}
-		if err := os.WriteFile(filepath.Join(dir, "."+name), []byte(value), 0o644); err != nil {
+	for sub, prefix := range map[string]string{"e2b": "E2B_", "wrenn": "WRENN_"} {
+		sub = filepath.Join(dir, sub)
+		if err := os.MkdirAll(sub, 0o755); err != nil {
 			return err
+		}
+		for _, name := range []string{"SANDBOX", "SANDBOX_ID", "TEMPLATE_ID"} {
+			value, ok := id[prefix+name]
+			if !ok {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(sub, "."+prefix+name), []byte(value), 0o644); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -1,6 +1,7 @@
 package settings
 
 import (
+	"net/netip"
 	"os"
 	"testing"
 )
@@ -21,16 +22,24 @@ func TestIdentityWinsOverTheCreatorsVariablesAndIsKept(t *testing.T) {
 	if s.Env()["A"] != "1" {
 		t.Error("the caller's copy is not a copy")
 	}
-	dir := t.TempDir() + "/run/e2b"
+	dir := t.TempDir() + "/run"
 	for range 2 { // after every resume
 		if err := s.WriteIdentity(dir); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for name, want := range map[string]string{".E2B_SANDBOX": "true", ".E2B_SANDBOX_ID": "id", ".E2B_TEMPLATE_ID": "tpl"} {
+	for name, want := range map[string]string{
+		"e2b/.E2B_SANDBOX": "true", "e2b/.E2B_SANDBOX_ID": "id", "e2b/.E2B_TEMPLATE_ID": "tpl",
+		"wrenn/.WRENN_SANDBOX_ID": "id", "wrenn/.WRENN_TEMPLATE_ID": "tpl",
+	} {
 		if got, err := os.ReadFile(dir + "/" + name); err != nil || string(got) != want {
 			t.Errorf("%s: got %q, %v", name, got, err)
 		}
+	}
+	s.SetEvents(netip.MustParseAddr("192.0.2.1"))
+	s.SetEnv(nil)
+	if env := s.Env(); env["E2B_EVENTS_ADDRESS"] != "http://192.0.2.1" || env["E2B_SANDBOX_ID"] != "id" || env["A"] != "" {
+		t.Errorf("after a new environment: %v", env)
 	}
 	s.SetDefaults("user", "/w")
 	s.SetDefaults("", "")
