@@ -106,7 +106,7 @@ func (b *envdBench) report(results ...Result) { b.results = append(b.results, re
 func (b *envdBench) measureStart(ctx context.Context) error {
 	var start, floor samples
 	for i := range min(b.Samples, 30) + 1 {
-		bare, err := timed(func() error { return exec.CommandContext(ctx, b.binary, "-version").Run() })
+		bare, err := timed(func() error { return exec.Command(b.binary, "-version").Run() })
 		if err != nil {
 			return err
 		}
