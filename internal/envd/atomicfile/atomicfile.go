@@ -3,67 +3,63 @@
 package atomicfile
 
 import (
-	"bufio"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
-const tempPrefix = ".envd-tmp-"
-
-// IsTemp reports whether name is that of a file being written.
-func IsTemp(name string) bool { return strings.HasPrefix(filepath.Base(name), tempPrefix) }
+// ErrSpecial is the kind of the error about files that cannot be written over:
+// named pipes and sockets, which would wait for somebody to read.
+var ErrSpecial = errors.New("is a named pipe or a socket")
 
 // Options of Write.
 type Options struct {
 	UID, GID int
+	// Size is how many bytes are to come, 0 when that is not known. With it a
+	// disk that has no room for them is noticed before any is written.
+	Size int64
 	// Finish is called on the complete file before it gets its name; may be nil.
 	Finish func(*os.File) error
 }
 
 // Write makes path hold what fill writes. A file that is there keeps its mode
 // and is replaced; links are followed; a new one gets mode 0666 less the umask.
-// What is not a regular file, or cannot be replaced because something is mounted
-// on it, is written in place. On failure path is as it was.
+// Devices, and files that cannot be replaced because something is mounted on
+// them, are written in place. On failure path is as it was.
 func Write(path string, o Options, fill func(io.Writer) error) error {
-	target, info, err := resolve(path)
+	target, old, err := resolve(path)
 	if err != nil {
 		return err
 	}
 	switch {
-	case info == nil:
-	case info.IsDir():
+	case old == nil:
+	case old.IsDir():
 		return &fs.PathError{Op: "write", Path: path, Err: syscall.EISDIR}
-	case !info.Mode().IsRegular():
+	case old.Mode()&(fs.ModeNamedPipe|fs.ModeSocket) != 0:
+		return &fs.PathError{Op: "write", Path: path, Err: ErrSpecial}
+	case !old.Mode().IsRegular():
 		return writeInPlace(target, fill)
 	}
-	temp := filepath.Join(filepath.Dir(target), tempPrefix+rand.Text())
-	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+	t, err := newTemp(filepath.Dir(target))
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	if err := complete(f, o, info, fill); err != nil {
-		os.Remove(temp)
+	defer t.discard()
+	if err := complete(t.file, o, old, fill); err != nil {
 		return err
 	}
-	if err := os.Rename(temp, target); err != nil {
-		defer os.Remove(temp)
-		if errors.Is(err, syscall.EBUSY) {
-			return copyInPlace(f, target)
-		}
-		return err
+	err = t.rename(target, old == nil)
+	if errors.Is(err, syscall.EBUSY) {
+		return copyInPlace(t.file, target)
 	}
-	announce(f)
-	return nil
+	if err == nil {
+		announce(t.file, target)
+	}
+	return err
 }
 
 // resolve follows path to the file that is to be written; info is nil when there
@@ -77,7 +73,12 @@ func resolve(path string) (target string, info fs.FileInfo, err error) {
 			break
 		}
 		if !filepath.IsAbs(link) {
-			link = filepath.Join(filepath.Dir(target), link)
+			// What ".." in the link means depends on where its directory really is.
+			dir, err := filepath.EvalSymlinks(filepath.Dir(target))
+			if err != nil {
+				return "", nil, err
+			}
+			link = filepath.Join(dir, link)
 		}
 		target = link
 	}
@@ -89,7 +90,10 @@ func resolve(path string) (target string, info fs.FileInfo, err error) {
 }
 
 func complete(f *os.File, o Options, old fs.FileInfo, fill func(io.Writer) error) error {
-	if err := fillBuffered(f, fill); err != nil {
+	if err := reserve(f, o.Size); err != nil {
+		return err
+	}
+	if err := fill(&sink{file: f}); err != nil {
 		return err
 	}
 	if err := f.Chown(o.UID, o.GID); err != nil {
@@ -108,30 +112,13 @@ func complete(f *os.File, o Options, old fs.FileInfo, fill func(io.Writer) error
 	return f.Sync()
 }
 
-func fillBuffered(f *os.File, fill func(io.Writer) error) error {
-	w := bufio.NewWriterSize(f, 256<<10)
-	if err := fill(w); err != nil {
-		return err
-	}
-	return w.Flush()
-}
-
-// announce tells those who watch the directory that the file was written: they
-// have seen a name appear, but no write to it. Setting a file's size, to what it
-// is, counts as one.
-func announce(f *os.File) {
-	if info, err := f.Stat(); err == nil {
-		_ = unix.Ftruncate(int(f.Fd()), info.Size())
-	}
-}
-
 func writeInPlace(target string, fill func(io.Writer) error) error {
-	f, err := os.OpenFile(target, os.O_WRONLY|os.O_TRUNC, 0)
+	f, err := os.OpenFile(target, os.O_WRONLY|os.O_TRUNC|syscall.O_NOCTTY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if err := fillBuffered(f, fill); err != nil {
+	if err := fill(&sink{file: f}); err != nil {
 		return err
 	}
 	return f.Close()
@@ -145,29 +132,4 @@ func copyInPlace(from *os.File, target string) error {
 		_, err := io.Copy(w, from)
 		return err
 	})
-}
-
-// MakeDirs makes the directory path and its missing parents, mode 0755 and
-// owned by uid and gid.
-func MakeDirs(path string, uid, gid int) error {
-	info, err := os.Stat(path)
-	if err == nil {
-		if !info.IsDir() {
-			return &fs.PathError{Op: "mkdir", Path: path, Err: syscall.ENOTDIR}
-		}
-		return nil
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if err := MakeDirs(filepath.Dir(path), uid, gid); err != nil {
-		return err
-	}
-	if err := os.Mkdir(path, 0o755); err != nil {
-		if info, statErr := os.Stat(path); statErr == nil && info.IsDir() {
-			return nil // somebody else made it meanwhile
-		}
-		return err
-	}
-	return os.Chown(path, uid, gid)
 }

@@ -3,6 +3,7 @@ package files
 import (
 	"encoding/json"
 	"io"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -55,7 +56,8 @@ func (h *Handler) compose(w http.ResponseWriter, r *http.Request) (written, erro
 	if err != nil {
 		return written{}, err
 	}
-	if err := atomicfile.MakeDirs(filepath.Dir(destination), int(u.UID), int(u.GID)); err != nil {
+	removeDirs, err := atomicfile.MakeDirs(filepath.Dir(destination), int(u.UID), int(u.GID))
+	if err != nil {
 		return written{}, err
 	}
 	options := atomicfile.Options{UID: int(u.UID), GID: int(u.GID)}
@@ -68,6 +70,7 @@ func (h *Handler) compose(w http.ResponseWriter, r *http.Request) (written, erro
 		return nil
 	})
 	if err != nil {
+		removeDirs()
 		return written{}, err
 	}
 	for _, source := range sources {
@@ -108,6 +111,7 @@ func appendFile(w io.Writer, path string) error {
 		return err
 	}
 	defer f.Close()
-	_, err = io.Copy(w, f)
+	// Limited to all of it: that is what lets the kernel do the copying.
+	_, err = io.Copy(w, io.LimitReader(f, math.MaxInt64))
 	return err
 }

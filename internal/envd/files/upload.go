@@ -1,6 +1,7 @@
 package files
 
 import (
+	"bufio"
 	"compress/gzip"
 	"errors"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/wrenn/wrenn/internal/envd/access"
 	"github.com/wrenn/wrenn/internal/envd/atomicfile"
@@ -45,35 +47,48 @@ func (h *Handler) upload(r *http.Request) ([]written, error) {
 	if err != nil {
 		return nil, err
 	}
-	body := io.Reader(r.Body)
-	switch encoding := strings.ToLower(strings.TrimSpace(r.Header.Get("Content-Encoding"))); encoding {
-	case "", "identity":
-	case "gzip":
-		zr, err := gzip.NewReader(r.Body)
-		if err != nil {
-			return nil, failf(http.StatusBadRequest, "body is not gzip: %w", err)
-		}
-		defer zr.Close()
-		body = badInput{zr}
-	default:
-		return nil, failf(http.StatusBadRequest, "content encoding %q is not supported: send gzip or identity", encoding)
+	body, size, done, err := decoded(r)
+	if err != nil {
+		return nil, err
 	}
+	defer done()
 	mediaType, params, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if mediaType == "multipart/form-data" {
 		if params["boundary"] == "" {
 			return nil, failf(http.StatusBadRequest, "multipart body without boundary")
 		}
-		return h.uploadParts(multipart.NewReader(body, params["boundary"]), query.Get("path"), u, meta)
+		buffered := borrow(body)
+		defer giveBack(buffered)
+		return h.uploadParts(multipart.NewReader(buffered, params["boundary"]), query.Get("path"), u, meta)
 	}
 	// Anything else is the file itself; octet-stream is what clients say.
 	if query.Get("path") == "" {
 		return nil, failf(http.StatusBadRequest, "path is required")
 	}
-	entry, err := h.store(query.Get("path"), u, meta, body)
+	entry, err := h.store(query.Get("path"), u, meta, body, size)
 	if err != nil {
 		return nil, err
 	}
 	return []written{entry}, nil
+}
+
+// decoded returns the request's body without its content encoding, and its size,
+// 0 when that is not known. Done gives back what it takes.
+func decoded(r *http.Request) (body io.Reader, size int64, done func(), err error) {
+	switch encoding := strings.ToLower(strings.TrimSpace(r.Header.Get("Content-Encoding"))); encoding {
+	case "", "identity":
+		return badInput{r.Body}, max(r.ContentLength, 0), func() {}, nil
+	case "gzip":
+		buffered := borrow(r.Body)
+		zr, err := gzip.NewReader(buffered)
+		if err != nil {
+			giveBack(buffered)
+			return nil, 0, nil, failf(http.StatusBadRequest, "body is not gzip: %w", err)
+		}
+		return badInput{zr}, 0, func() { giveBack(buffered) }, nil
+	default:
+		return nil, 0, nil, failf(http.StatusBadRequest, "content encoding %q is not supported: send gzip or identity", encoding)
+	}
 }
 
 // uploadParts stores every part called "file": under the query's path when there
@@ -103,7 +118,7 @@ func (h *Handler) uploadParts(parts *multipart.Reader, path string, u user.User,
 		if path != "" && len(entries) > 0 {
 			return nil, failf(http.StatusBadRequest, "more than one file for path '%s'", path)
 		}
-		entry, err := h.store(target, u, meta, badInput{part})
+		entry, err := h.store(target, u, meta, badInput{part}, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -116,8 +131,9 @@ func (h *Handler) uploadParts(parts *multipart.Reader, path string, u user.User,
 	}
 }
 
-// store writes one file, which appears complete or not at all.
-func (h *Handler) store(target string, u user.User, meta map[string]string, body io.Reader) (written, error) {
+// store writes one file, which appears complete or not at all. Size is how long
+// body is, 0 when that is not known.
+func (h *Handler) store(target string, u user.User, meta map[string]string, body io.Reader, size int64) (written, error) {
 	path, err := h.resolve(target, u)
 	if err != nil {
 		return written{}, err
@@ -125,10 +141,11 @@ func (h *Handler) store(target string, u user.User, meta map[string]string, body
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		return written{}, failf(http.StatusBadRequest, "path is a directory: %s", path)
 	}
-	if err := atomicfile.MakeDirs(filepath.Dir(path), int(u.UID), int(u.GID)); err != nil {
+	removeDirs, err := atomicfile.MakeDirs(filepath.Dir(path), int(u.UID), int(u.GID))
+	if err != nil {
 		return written{}, err
 	}
-	options := atomicfile.Options{UID: int(u.UID), GID: int(u.GID)}
+	options := atomicfile.Options{UID: int(u.UID), GID: int(u.GID), Size: size}
 	if len(meta) > 0 {
 		options.Finish = func(f *os.File) error { return filemeta.Write(int(f.Fd()), meta) }
 	}
@@ -137,6 +154,7 @@ func (h *Handler) store(target string, u user.User, meta map[string]string, body
 		return err
 	})
 	if err != nil {
+		removeDirs()
 		return written{}, err
 	}
 	return written{Name: filepath.Base(path), Path: path, Type: "file", Metadata: meta}, nil
@@ -151,4 +169,19 @@ func (b badInput) Read(p []byte) (int, error) {
 		err = failf(http.StatusBadRequest, "error reading body: %w", err)
 	}
 	return n, err
+}
+
+// readers are kept for what reads its input in small pieces: the parsers of
+// multipart and gzip.
+var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 256<<10) }}
+
+func borrow(r io.Reader) *bufio.Reader {
+	b := readers.Get().(*bufio.Reader)
+	b.Reset(r)
+	return b
+}
+
+func giveBack(b *bufio.Reader) {
+	b.Reset(nil)
+	readers.Put(b)
 }

@@ -61,7 +61,7 @@ func (s *Service) MakeDir(ctx context.Context, req *rpc.MakeDirRequest) (*rpc.Ma
 		}
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path already exists but it is not a directory: %s", path))
 	}
-	if err := atomicfile.MakeDirs(path, int(u.UID), int(u.GID)); err != nil {
+	if _, err := atomicfile.MakeDirs(path, int(u.UID), int(u.GID)); err != nil {
 		return nil, rpcError("make directory", err)
 	}
 	entry, err := describe(path, &user.Names{})
@@ -84,10 +84,12 @@ func (s *Service) Move(ctx context.Context, req *rpc.MoveRequest) (*rpc.MoveResp
 	if _, err := os.Lstat(source); err != nil {
 		return nil, rpcError("move", err)
 	}
-	if err := atomicfile.MakeDirs(filepath.Dir(destination), int(u.UID), int(u.GID)); err != nil {
+	removeDirs, err := atomicfile.MakeDirs(filepath.Dir(destination), int(u.UID), int(u.GID))
+	if err != nil {
 		return nil, rpcError("make parent directory", err)
 	}
 	if err := os.Rename(source, destination); err != nil {
+		removeDirs()
 		return nil, rpcError("move", err)
 	}
 	entry, err := describe(destination, &user.Names{})
