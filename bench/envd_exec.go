@@ -239,7 +239,7 @@ func (t *echoTerminal) close() {
 	defer cancel()
 	_ = t.wire.kill(ctx, t.pid) // the agent's end hangs the terminal up in any case
 	t.leave()
-	for range t.seen { //nolint:revive // until the reader has ended
+	for range t.seen { // until the reader has ended
 	}
 }
 

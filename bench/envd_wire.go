@@ -177,7 +177,7 @@ func (w *wire) start(ctx context.Context, request startRequest) (*events, error)
 	}
 	body := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)))
 	body = append(body, message...)
-	resp, err := w.request(ctx, http.MethodPost, "/process.Process/Start", "application/connect+json",
+	resp, err := w.request(ctx, http.MethodPost, "/process.Process/Start", "application/connect+json", //nolint:bodyclose // events.close does
 		bytes.NewReader(body), int64(len(body)), http.StatusOK)
 	if err != nil {
 		return nil, err
