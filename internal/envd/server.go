@@ -117,7 +117,7 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 		<-reaping
 		a.watches.Close()
 	}()
-	err := a.serveHTTP(ctx, l)
+	err := a.serveHTTP(ctx, watchPeers(ctx, l, peerCheck))
 	if ctx.Err() != nil {
 		return nil
 	}
