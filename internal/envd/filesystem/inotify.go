@@ -3,13 +3,13 @@ package filesystem
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -17,14 +17,20 @@ import (
 	"github.com/wrenn/wrenn/internal/envd/atomicfile"
 )
 
-// errOverflow says that changes came faster than they were read, and some are
-// not known.
-var errOverflow = errors.New("events were lost: the directory changes faster than its events are read")
+var (
+	// errOverflow says that changes came faster than they were read, and some are
+	// not known.
+	errOverflow = errors.New("events were lost: the directory changes faster than its events are read")
+	// errLimit says that the kernel watches as much as it is allowed to.
+	errLimit = errors.New("too many directories are watched: the kernel's limit is in /proc/sys/fs/inotify")
+	// errRootGone says that the watched directory itself was removed or moved.
+	errRootGone = fmt.Errorf("the watched directory is gone: %w", fs.ErrNotExist)
+)
 
 const (
 	watchMask = unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_MOVED_FROM | unix.IN_MODIFY | unix.IN_ATTRIB |
 		unix.IN_DELETE | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR
-	eventHeader = int(unsafe.Sizeof(unix.InotifyEvent{}))
+	eventHeader = unix.SizeofInotifyEvent
 )
 
 // change is something that happened in a watched directory.
@@ -42,14 +48,18 @@ type watch struct {
 	recursive bool
 	dirs      map[int32]string // by watch descriptor
 
-	// announced holds what was found by looking into a new directory: the event
-	// for it may still come, and is then no news.
+	// announced holds what was found by looking into a new directory while
+	// events from before may wait still: one of its creation is then no news.
 	announced map[string]struct{}
+	// caughtUp is called when no event waits; may be nil.
+	caughtUp func()
 }
 
-func newWatch(root string, recursive bool) (*watch, error) {
+func newWatch(ctx context.Context, root string, recursive bool) (*watch, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
+	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
+		return nil, errLimit
+	} else if err != nil {
 		return nil, fmt.Errorf("start watching: %w", err)
 	}
 	w := &watch{
@@ -61,7 +71,7 @@ func newWatch(root string, recursive bool) (*watch, error) {
 		return nil, err
 	}
 	if recursive {
-		if err := w.addBelow(root, nil); err != nil {
+		if err := w.addBelow(ctx, root, nil); err != nil {
 			w.Close()
 			return nil, err
 		}
@@ -72,92 +82,167 @@ func newWatch(root string, recursive bool) (*watch, error) {
 // Close ends run.
 func (w *watch) Close() { w.file.Close() }
 
-// run calls emit for every change, in order, until ctx ends, emit fails or
-// events were lost.
+// run calls emit for every change, in order, until ctx ends, emit fails, events
+// were lost or the watched directory is gone.
 func (w *watch) run(ctx context.Context, emit func(change) error) error {
 	stop := context.AfterFunc(ctx, w.Close)
 	defer stop()
 	buf := make([]byte, 16<<10)
 	for {
-		n, err := w.file.Read(buf)
+		n, err := w.read(buf)
 		if err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
 			return fmt.Errorf("read events: %w", err)
 		}
-		for rest := buf[:n]; len(rest) >= eventHeader; {
-			event := (*unix.InotifyEvent)(unsafe.Pointer(&rest[0]))
-			end := eventHeader + int(event.Len)
-			name := string(bytes.TrimRight(rest[eventHeader:end], "\x00"))
-			if err := w.handle(event.Wd, event.Mask, name, emit); err != nil {
-				return err
-			}
-			rest = rest[end:]
+		err = parseEvents(buf[:n], func(wd int32, mask uint32, name string) error {
+			return w.handle(ctx, wd, mask, name, emit)
+		})
+		if err != nil {
+			return err
 		}
 	}
 }
 
-func (w *watch) handle(wd int32, mask uint32, name string, emit func(change) error) error {
+// read waits for events.
+func (w *watch) read(buf []byte) (n int, err error) {
+	conn, err := w.file.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	waitErr := conn.Read(func(fd uintptr) bool {
+		for {
+			n, err = unix.Read(int(fd), buf)
+			switch {
+			case errors.Is(err, unix.EINTR):
+				continue
+			case errors.Is(err, unix.EAGAIN):
+				clear(w.announced)
+				if w.caughtUp != nil {
+					w.caughtUp()
+				}
+				return false
+			}
+			return true
+		}
+	})
+	if waitErr != nil {
+		return 0, waitErr
+	}
+	return max(n, 0), err
+}
+
+// parseEvents calls each for every event that the kernel wrote into buf.
+func parseEvents(buf []byte, each func(wd int32, mask uint32, name string) error) error {
+	for len(buf) >= eventHeader {
+		wd, mask := int32(binary.NativeEndian.Uint32(buf)), binary.NativeEndian.Uint32(buf[4:])
+		length := uint64(binary.NativeEndian.Uint32(buf[12:]))
+		if length > uint64(len(buf)-eventHeader) {
+			break
+		}
+		name, rest := buf[eventHeader:eventHeader+length], buf[eventHeader+length:]
+		if err := each(wd, mask, string(bytes.TrimRight(name, "\x00"))); err != nil {
+			return err
+		}
+		buf = rest
+	}
+	if len(buf) > 0 {
+		return errors.New("the kernel gave half an event")
+	}
+	return nil
+}
+
+func (w *watch) handle(ctx context.Context, wd int32, mask uint32, name string, emit func(change) error) error {
 	if mask&unix.IN_Q_OVERFLOW != 0 {
 		return errOverflow
 	}
 	dir, known := w.dirs[wd]
+	if known && dir == w.root && mask&(unix.IN_UNMOUNT|unix.IN_DELETE_SELF|unix.IN_MOVE_SELF) != 0 {
+		return w.rootGone(mask, emit)
+	}
 	if mask&unix.IN_IGNORED != 0 {
 		delete(w.dirs, wd)
 		return nil
 	}
-	if !known || atomicfile.IsTemp(name) {
+	if !known || atomicfile.IsTemp(name) || strings.Contains(name, "/") {
 		return nil
 	}
 	if name == "" && dir != w.root {
 		return nil // its parent is watched too and tells the same
 	}
 	path := filepath.Join(dir, name)
-	switch {
-	case mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0:
-		return w.created(path, mask&unix.IN_ISDIR != 0, emit)
-	case mask&(unix.IN_MOVED_FROM|unix.IN_MOVE_SELF) != 0:
-		if mask&unix.IN_ISDIR != 0 {
-			w.dropBelow(path)
+	if mask&(unix.IN_MODIFY|unix.IN_ATTRIB) != 0 && atomicfile.IsNameless(path) {
+		return nil
+	}
+	if mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0 {
+		if err := w.created(ctx, path, mask, emit); err != nil {
+			return err
 		}
-		delete(w.announced, path)
-		return emit(change{path, rpc.EventType_EVENT_TYPE_RENAME})
-	case mask&unix.IN_ATTRIB != 0:
-		return emit(change{path, rpc.EventType_EVENT_TYPE_CHMOD})
-	case mask&unix.IN_MODIFY != 0:
-		return emit(change{path, rpc.EventType_EVENT_TYPE_WRITE})
-	case mask&(unix.IN_DELETE|unix.IN_DELETE_SELF) != 0:
-		delete(w.announced, path)
-		return emit(change{path, rpc.EventType_EVENT_TYPE_REMOVE})
+	}
+	if mask&(unix.IN_MOVED_FROM|unix.IN_DELETE) != 0 {
+		w.forget(path, mask)
+	}
+	// The kernel tells one thing at a time; should it tell more, this is their order.
+	for _, e := range []struct {
+		mask uint32
+		kind rpc.EventType
+	}{
+		{unix.IN_MOVED_FROM, rpc.EventType_EVENT_TYPE_RENAME},
+		{unix.IN_ATTRIB, rpc.EventType_EVENT_TYPE_CHMOD},
+		{unix.IN_MODIFY, rpc.EventType_EVENT_TYPE_WRITE},
+		{unix.IN_DELETE, rpc.EventType_EVENT_TYPE_REMOVE},
+	} {
+		if mask&e.mask != 0 {
+			if err := emit(change{path, e.kind}); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
 
-func (w *watch) created(path string, isDir bool, emit func(change) error) error {
-	if _, known := w.announced[path]; known {
+// rootGone tells the last event: no others can come, and what is at the path
+// from now on is another directory.
+func (w *watch) rootGone(mask uint32, emit func(change) error) error {
+	kind := rpc.EventType_EVENT_TYPE_REMOVE
+	if mask&unix.IN_MOVE_SELF != 0 {
+		kind = rpc.EventType_EVENT_TYPE_RENAME
+	}
+	if err := emit(change{w.root, kind}); err != nil {
+		return err
+	}
+	return errRootGone
+}
+
+func (w *watch) created(ctx context.Context, path string, mask uint32, emit func(change) error) error {
+	// What was moved here may have replaced what was found: that is news.
+	if _, known := w.announced[path]; known && mask&unix.IN_MOVED_TO == 0 {
 		delete(w.announced, path)
 		return nil
 	}
 	if err := emit(change{path, rpc.EventType_EVENT_TYPE_CREATE}); err != nil {
 		return err
 	}
-	if !isDir || !w.recursive {
+	if mask&unix.IN_ISDIR == 0 || !w.recursive {
 		return nil
 	}
 	if err := w.add(path, unix.IN_DONT_FOLLOW); err != nil {
-		return ignoreGone(err)
+		return ignoreUnreachable(err)
 	}
 	// What was made in it before it was watched gave no events.
-	return ignoreGone(w.addBelow(path, emit))
+	return w.addBelow(ctx, path, emit)
 }
 
 // addBelow watches the directories below dir. With emit it reports everything it
 // finds as created.
-func (w *watch) addBelow(dir string, emit func(change) error) error {
+func (w *watch) addBelow(ctx context.Context, dir string, emit func(change) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	children, err := os.ReadDir(dir)
 	if err != nil {
-		return ignoreGone(err)
+		return ignoreUnreachable(err)
 	}
 	for _, child := range children {
 		path := filepath.Join(dir, child.Name())
@@ -170,12 +255,12 @@ func (w *watch) addBelow(dir string, emit func(change) error) error {
 			continue
 		}
 		if err := w.add(path, unix.IN_DONT_FOLLOW); err != nil {
-			if ignoreGone(err) == nil {
+			if ignoreUnreachable(err) == nil {
 				continue
 			}
 			return err
 		}
-		if err := w.addBelow(path, emit); err != nil {
+		if err := w.addBelow(ctx, path, emit); err != nil {
 			return err
 		}
 	}
@@ -198,28 +283,46 @@ func (w *watch) announce(path string, child fs.DirEntry, emit func(change) error
 
 func (w *watch) add(dir string, flags uint32) error {
 	wd, err := unix.InotifyAddWatch(w.fd, dir, watchMask|flags)
-	if err != nil {
+	if errors.Is(err, unix.ENOSPC) {
+		return errLimit
+	} else if err != nil {
 		return &fs.PathError{Op: "watch", Path: dir, Err: err}
 	}
 	w.dirs[int32(wd)] = dir
 	return nil
 }
 
-// dropBelow forgets a directory that was moved away, and all below it: their
-// paths are no longer true. Should it come back it is watched anew.
-func (w *watch) dropBelow(dir string) {
-	for wd, path := range w.dirs {
-		if path == dir || strings.HasPrefix(path, dir+"/") {
+// forget takes back that path was announced. When it is a directory that was
+// moved away its watches go too, for their paths are no longer true; should it
+// come back it is watched anew.
+func (w *watch) forget(path string, mask uint32) {
+	delete(w.announced, path)
+	if mask&unix.IN_ISDIR == 0 || !w.recursive {
+		return
+	}
+	for announced := range w.announced {
+		if strings.HasPrefix(announced, path+"/") {
+			delete(w.announced, announced)
+		}
+	}
+	if mask&unix.IN_MOVED_FROM == 0 {
+		return // the kernel ends the watch of what is removed
+	}
+	for wd, dir := range w.dirs {
+		if dir == path || strings.HasPrefix(dir, path+"/") {
 			delete(w.dirs, wd)
 			_, _ = unix.InotifyRmWatch(w.fd, uint32(wd))
 		}
 	}
 }
 
-// ignoreGone forgives that a directory went away before it could be watched.
-func ignoreGone(err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-		return nil
+// ignoreUnreachable forgives that a directory went away before it could be
+// watched, or lies too deep or too well protected for that.
+func ignoreUnreachable(err error) error {
+	for _, kind := range []error{fs.ErrNotExist, fs.ErrPermission, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG} {
+		if errors.Is(err, kind) {
+			return nil
+		}
 	}
 	return err
 }

@@ -2,11 +2,9 @@ package filesystem
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"path/filepath"
-	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -16,9 +14,6 @@ import (
 	"github.com/wrenn/wrenn/internal/envd/keepalive"
 	"github.com/wrenn/wrenn/internal/envd/user"
 )
-
-// maxBuffered bounds the events kept for a client that polls.
-const maxBuffered = 65536
 
 // WatchDir streams what changes in a directory.
 func (s *Service) WatchDir(ctx context.Context, req *rpc.WatchDirRequest, stream *connect.ServerStream[rpc.WatchDirResponse]) error {
@@ -31,9 +26,10 @@ func (s *Service) WatchDir(ctx context.Context, req *rpc.WatchDirRequest, stream
 	ended := make(chan error, 1)
 	go func() {
 		defer w.Close()
+		event := eventsOf(w, req.GetIncludeEntry())
 		ended <- w.run(ctx, func(c change) error {
 			select {
-			case events <- w.event(c, req.GetIncludeEntry()):
+			case events <- event(c):
 				return nil
 			case <-ctx.Done():
 				return ctx.Err()
@@ -88,11 +84,9 @@ func (s *Service) open(ctx context.Context, req watchRequest) (*watch, error) {
 	if !req.GetAllowNetworkMounts() && onNetwork(path) {
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("cannot watch path on network filesystem: %s", path))
 	}
-	w, err := newWatch(path, req.GetRecursive())
-	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENOSPC) {
-		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("too many watches: %w", err))
-	} else if err != nil {
-		return nil, rpcError("watch directory", err)
+	w, err := newWatch(ctx, path, req.GetRecursive())
+	if err != nil {
+		return nil, watchError(err)
 	}
 	return w, nil
 }
@@ -110,7 +104,14 @@ func onNetwork(path string) bool {
 	return false
 }
 
-func (w *watch) event(c change, entry bool) *rpc.FilesystemEvent {
+// eventsOf returns how w's changes are told to clients.
+func eventsOf(w *watch, entry bool) func(change) *rpc.FilesystemEvent {
+	names := &user.Names{}
+	w.caughtUp = func() { names = &user.Names{} } // accounts may have changed meanwhile
+	return func(c change) *rpc.FilesystemEvent { return w.event(c, entry, names) }
+}
+
+func (w *watch) event(c change, entry bool, names *user.Names) *rpc.FilesystemEvent {
 	name, err := filepath.Rel(w.root, c.path)
 	if err != nil {
 		name = c.path
@@ -118,7 +119,7 @@ func (w *watch) event(c change, entry bool) *rpc.FilesystemEvent {
 	e := &rpc.FilesystemEvent{Name: text(name), Type: c.kind}
 	gone := c.kind == rpc.EventType_EVENT_TYPE_REMOVE || c.kind == rpc.EventType_EVENT_TYPE_RENAME
 	if entry && !gone {
-		e.Entry, _ = describe(c.path, &user.Names{}) // none when it is gone already
+		e.Entry, _ = describe(c.path, names) // none when it is gone already
 	}
 	return e
 }
@@ -129,108 +130,8 @@ func watchError(err error) error {
 		return err
 	case errors.Is(err, errOverflow):
 		return connect.NewError(connect.CodeDataLoss, err)
+	case errors.Is(err, errLimit):
+		return connect.NewError(connect.CodeResourceExhausted, err)
 	}
 	return rpcError("watch directory", err)
-}
-
-// registry holds the watchers of clients that poll.
-type registry struct {
-	mu       sync.Mutex
-	watchers map[string]*poller
-}
-
-// poller is a watch whose events wait to be fetched.
-type poller struct {
-	cancel context.CancelFunc
-	ended  chan struct{}
-
-	mu     sync.Mutex
-	events []*rpc.FilesystemEvent
-	err    error // why there will be no more
-}
-
-// CreateWatcher starts a watch for a client that polls.
-func (s *Service) CreateWatcher(ctx context.Context, req *rpc.CreateWatcherRequest) (*rpc.CreateWatcherResponse, error) {
-	w, err := s.open(ctx, req)
-	if err != nil {
-		return nil, err
-	}
-	watching, cancel := context.WithCancel(context.Background()) // ended by RemoveWatcher or Close
-	p := &poller{cancel: cancel, ended: make(chan struct{})}
-	go func() {
-		defer close(p.ended)
-		defer w.Close()
-		err := w.run(watching, func(c change) error { return p.add(w.event(c, req.GetIncludeEntry())) })
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.err = err
-	}()
-	id := "w" + rand.Text()
-	s.watchers.mu.Lock()
-	defer s.watchers.mu.Unlock()
-	if s.watchers.watchers == nil {
-		s.watchers.watchers = make(map[string]*poller)
-	}
-	s.watchers.watchers[id] = p
-	return &rpc.CreateWatcherResponse{WatcherId: id}, nil
-}
-
-func (p *poller) add(e *rpc.FilesystemEvent) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.events) >= maxBuffered {
-		return errOverflow
-	}
-	p.events = append(p.events, e)
-	return nil
-}
-
-// GetWatcherEvents returns what has happened since the last call. When the watch
-// has ended it says why, once everything before that is fetched.
-func (s *Service) GetWatcherEvents(_ context.Context, req *rpc.GetWatcherEventsRequest) (*rpc.GetWatcherEventsResponse, error) {
-	s.watchers.mu.Lock()
-	p := s.watchers.watchers[req.GetWatcherId()]
-	s.watchers.mu.Unlock()
-	if p == nil {
-		return nil, watcherNotFound(req.GetWatcherId())
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	events := p.events
-	p.events = nil
-	if len(events) == 0 && p.err != nil {
-		return nil, watchError(p.err)
-	}
-	return &rpc.GetWatcherEventsResponse{Events: events}, nil
-}
-
-// RemoveWatcher ends a watch.
-func (s *Service) RemoveWatcher(_ context.Context, req *rpc.RemoveWatcherRequest) (*rpc.RemoveWatcherResponse, error) {
-	s.watchers.mu.Lock()
-	p := s.watchers.watchers[req.GetWatcherId()]
-	delete(s.watchers.watchers, req.GetWatcherId())
-	s.watchers.mu.Unlock()
-	if p == nil {
-		return nil, watcherNotFound(req.GetWatcherId())
-	}
-	p.stop()
-	return &rpc.RemoveWatcherResponse{}, nil
-}
-
-func (p *poller) stop() {
-	p.cancel()
-	<-p.ended
-}
-
-func (r *registry) closeAll() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for id, p := range r.watchers {
-		p.stop()
-		delete(r.watchers, id)
-	}
-}
-
-func watcherNotFound(id string) error {
-	return connect.NewError(connect.CodeNotFound, fmt.Errorf("watcher with id %s not found", text(id)))
 }
