@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"time"
 
 	"github.com/wrenn/wrenn/internal/envd/forward"
 )
@@ -19,17 +20,40 @@ func newForwarder(log *slog.Logger) *forward.Forwarder {
 	return forward.New(c)
 }
 
-// wakeForwarder wakes the forwarder for each request: it may start a program, or
-// make one listen.
+// How long after it a request or a program's output points to new listeners. What
+// a program prints is often just that it listens now.
+const (
+	requestAlert = 10 * time.Second
+	outputAlert  = time.Second
+)
+
+// wakeForwarder wakes the forwarder for each request, which may start a program
+// or make one listen, and for each piece of the answer.
 func (a *Agent) wakeForwarder(next http.Handler) http.Handler {
 	if a.forwarder == nil {
 		return next
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		a.forwarder.Wake()
-		next.ServeHTTP(w, r)
+		a.forwarder.Wake(requestAlert)
+		next.ServeHTTP(wakingWriter{w, a.forwarder}, r)
 	})
 }
+
+type wakingWriter struct {
+	http.ResponseWriter
+	forwarder *forward.Forwarder
+}
+
+func (w wakingWriter) Write(data []byte) (int, error) {
+	w.forwarder.Wake(outputAlert)
+	return w.ResponseWriter.Write(data)
+}
+
+func (w wakingWriter) Flush() {
+	_ = http.NewResponseController(w.ResponseWriter).Flush() // as a Flusher, it cannot tell
+}
+
+func (w wakingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // runForwarder forwards until ctx ends, all ports but that of l.
 func (a *Agent) runForwarder(ctx context.Context, l net.Listener) {

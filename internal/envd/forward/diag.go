@@ -50,6 +50,8 @@ func openDiag() (*diag, error) {
 	return d, nil
 }
 
+func (d *diag) costly() bool { return false }
+
 func (d *diag) close() { unix.Close(d.fd) }
 
 func (d *diag) listeners() (ls []listener, seen int, err error) {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -25,8 +26,11 @@ const (
 	// to find those that listen, which bounds the looking's share of a processor:
 	// gVisor shows listeners only together with all connections.
 	restPerSocket = 50 * time.Microsecond
-	// lingering is how long it is looked after a Wake although nothing runs yet.
-	lingering = 5 * time.Second
+	// quietInterval takes the interval's place where looking is costly and nothing
+	// points to a change: being woken twenty times a second is what costs in gVisor.
+	quietInterval = time.Second
+	// changeAlert is how long after a change another one is likely.
+	changeAlert = time.Second
 	// addressLife is how long the machine's addresses are taken for unchanged.
 	addressLife = 5 * time.Second
 	// maxConnections at once; further ones wait to be accepted.
@@ -47,7 +51,7 @@ type Config struct {
 type Forwarder struct {
 	config Config
 	wake   chan struct{}
-	woken  atomic.Int64 // when it was woken last, Unix nanoseconds
+	alert  atomic.Int64 // until when a change is likely, Unix nanoseconds
 	slots  chan struct{}
 	serves sync.WaitGroup
 
@@ -69,9 +73,21 @@ func New(c Config) *Forwarder {
 	return f
 }
 
-// Wake makes a resting forwarder look again: something is about to run.
-func (f *Forwarder) Wake() {
-	f.woken.Store(time.Now().UnixNano())
+// Wake says that during the time to come something may well begin to listen: a
+// program is about to run, or runs.
+func (f *Forwarder) Wake(during time.Duration) {
+	until := time.Now().Add(during).UnixNano()
+	for {
+		now := f.alert.Load()
+		if until <= now || f.alert.CompareAndSwap(now, until) {
+			break
+		}
+	}
+	f.lookSoon()
+}
+
+// lookSoon makes a forwarder that rests look once.
+func (f *Forwarder) lookSoon() {
 	select {
 	case f.wake <- struct{}{}:
 	default:
@@ -99,6 +115,14 @@ func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
 	defer f.exposer.stop()
 	defer cancel()
 
+	if f.sockets.costly() {
+		f.serves.Go(func() {
+			if err := watchPackets(ctx, f.lookSoon); err != nil {
+				log.Info("Listeners may be noticed late", "reason", err)
+			}
+		})
+	}
+
 	failing := false
 	for {
 		seen, err := f.look()
@@ -114,31 +138,38 @@ func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
 
 // pause waits until it is time for the next look; false says that ctx ended.
 func (f *Forwarder) pause(ctx context.Context, seen int, failing bool) bool {
-	var next <-chan time.Time
 	rest := max(interval, time.Duration(seen)*restPerSocket)
 	if failing {
 		rest = max(rest, time.Second)
 	}
-	if !f.resting() {
-		timer := time.NewTimer(rest)
-		defer timer.Stop()
-		next = timer.C
-	}
-	select {
-	case <-ctx.Done():
+	if !wait(ctx, rest, nil) {
 		return false
-	case <-next:
-	case <-f.wake:
+	}
+	if time.Now().UnixNano() < f.alert.Load() {
+		return true
+	}
+	if f.config.Idle != nil && len(f.paths) == 0 && f.config.Idle() {
+		return wait(ctx, forever, f.wake)
+	}
+	if f.sockets.costly() {
+		return wait(ctx, quietInterval-rest, f.wake)
 	}
 	return true
 }
 
-// resting says that nothing runs whose listeners the last look could have missed.
-func (f *Forwarder) resting() bool {
-	if f.config.Idle == nil || len(f.paths) > 0 {
+const forever = time.Duration(math.MaxInt64)
+
+// wait returns after a time or when woken; false says that ctx ended.
+func wait(ctx context.Context, d time.Duration, woken <-chan struct{}) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
 		return false
+	case <-timer.C:
+	case <-woken:
 	}
-	return time.Now().UnixNano()-f.woken.Load() > int64(lingering) && f.config.Idle()
+	return true
 }
 
 // look brings what is forwarded in line with what listens. It tells how many
@@ -152,6 +183,9 @@ func (f *Forwarder) look() (seen int, err error) {
 	listeners = without(listeners, f.exposer.own())
 	if slices.Equal(listeners, f.listeners) && now.Sub(f.addrsRead) < addressLife {
 		return seen, nil
+	}
+	if !slices.Equal(listeners, f.listeners) {
+		f.Wake(changeAlert) // more of that, mostly
 	}
 	f.addrsRead = time.Time{}
 	addrs, err := outsideAddrs()
@@ -189,6 +223,7 @@ func (f *Forwarder) serve(ctx context.Context, conn *net.TCPConn, to netip.AddrP
 		inner, err := dialer.DialContext(ctx, "tcp", path.String())
 		if err != nil {
 			reset(conn)
+			f.lookSoon() // the listener may be gone
 			return
 		}
 		join(ctx, conn, inner.(*net.TCPConn))

@@ -39,6 +39,8 @@ func openProcNet(dir string) (*procNet, error) {
 	return p, nil
 }
 
+func (p *procNet) costly() bool { return true }
+
 func (p *procNet) close() {
 	for _, f := range p.files {
 		f.Close()

@@ -14,6 +14,8 @@ type sockets interface {
 	// listeners are in order, and listed as often as there are sockets. seen is
 	// how many sockets were looked at to find them.
 	listeners() (ls []listener, seen int, err error)
+	// costly says that it should not be asked many times a second for ever.
+	costly() bool
 	close()
 }
 

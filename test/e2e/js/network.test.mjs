@@ -27,11 +27,31 @@ describe('a server in the sandbox', () => {
     assert.equal((await fetch(`${origin(sandbox, 8000)}/missing`)).status, 404)
   })
 
-  it('is reached when it listens on the loopback only', { skip: 'the agent does not forward to such servers yet' }, async () => {
-    const server = await sandbox.commands.run('exec python3 -m http.server 8001 --bind 127.0.0.1 --directory www', { background: true, timeoutMs: 0 })
-    server.wait().catch(() => {})
-    await eventually('port 8001', async () => (await fetch(origin(sandbox, 8001))).ok, 3000)
-    assert.equal(await (await fetch(`${origin(sandbox, 8001)}/sub/page.txt`)).text(), 'inner\n')
+  for (const [address, port] of [['127.0.0.1', 8001], ['::1', 8002]]) {
+    it(`is reached when it listens on ${address} only, and gone when it ends`, async () => {
+      const server = await sandbox.commands.run(`exec python3 -m http.server ${port} --bind ${address} --directory www`, { background: true, timeoutMs: 0 })
+      server.wait().catch(() => {})
+      await eventually(`port ${port}`, async () => (await fetch(origin(sandbox, port))).ok, 5000)
+      assert.equal(await (await fetch(`${origin(sandbox, port)}/sub/page.txt`)).text(), 'inner\n')
+      await server.kill()
+      await eventually(`the end of port ${port}`, async () => (await fetch(origin(sandbox, port))).status === 502, 5000)
+    })
+  }
+
+  it('may listen on all addresses right after it listened on the loopback', async () => {
+    const rebind = `
+import socket
+for i in range(200):
+    for host in '127.0.0.1', '0.0.0.0':
+        s = socket.socket()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((host, 8003))
+        s.listen()
+        if i % 50 == 0 and host == '127.0.0.1': __import__('time').sleep(0.2)  # is forwarded by then
+        s.close()
+`
+    await sandbox.files.write('rebind.py', rebind)
+    assert.equal((await sandbox.commands.run('python3 rebind.py')).exitCode, 0)
   })
 
   it('redirects without leaving the public name', async () => {
