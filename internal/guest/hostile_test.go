@@ -1,7 +1,10 @@
 package guest_test
 
 import (
+	"bytes"
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -131,5 +134,36 @@ func TestEntriesComeAsTheAgentWroteThem(t *testing.T) {
 	}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
+	}
+}
+
+func TestEveryInitBringsRandomnessAndALifeOfItsOwn(t *testing.T) {
+	var bodies []map[string]any
+	c := impostor(t, func(w http.ResponseWriter, r *http.Request) {
+		var body map[string]any
+		if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+			t.Error(err)
+		}
+		bodies = append(bodies, body)
+		w.WriteHeader(http.StatusNoContent)
+	})
+	for _, life := range []string{"", "", "given"} {
+		if _, err := c.Init(t.Context(), guest.InitRequest{LifecycleID: life}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen := map[any]bool{}
+	for _, body := range bodies {
+		entropy, err := base64.StdEncoding.DecodeString(fmt.Sprint(body["entropy"]))
+		if err != nil || len(entropy) != 64 || bytes.Equal(entropy, make([]byte, 64)) {
+			t.Errorf("entropy %v, %v", body["entropy"], err)
+		}
+		if seen[body["entropy"]] || seen[body["lifecycleID"]] || body["lifecycleID"] == "" {
+			t.Errorf("the same again: %v", body)
+		}
+		seen[body["entropy"]], seen[body["lifecycleID"]] = true, true
+	}
+	if len(bodies) != 3 || bodies[2]["lifecycleID"] != "given" {
+		t.Errorf("got %v", bodies)
 	}
 }
