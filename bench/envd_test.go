@@ -38,7 +38,7 @@ func buildEnvd(t *testing.T) string {
 func smallEnvdOptions(t *testing.T) EnvdOptions {
 	return EnvdOptions{
 		Dir: t.TempDir(), Floor: []string{os.Args[0], "envd-floor"}, Binary: buildEnvd(t),
-		Samples: 5, SizeMiB: 16, Transfers: 1, StreamMiB: 16, Settle: time.Second,
+		Samples: 5, SizeMiB: 16, Transfers: 2, StreamMiB: 16, Settle: time.Second,
 	}
 }
 
