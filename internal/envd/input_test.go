@@ -2,13 +2,19 @@ package envd_test
 
 import (
 	"bytes"
+	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
+	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/wrenn/wrenn/api/proto/process"
 )
@@ -210,4 +216,159 @@ func TestInputThatNobodyReadsFailsWhenTheProcessEnds(t *testing.T) {
 	}
 	_, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: stdinOf(strings.Repeat("x", 1<<20))})
 	wantCode(t, err, connect.CodeNotFound, "process has ended")
+}
+
+func TestTenThousandSingleKeystrokesArriveInOrder(t *testing.T) {
+	c := startAgent(t).processes(connect.WithProtoJSON())
+	const strokes = 10000
+	s, id := start(t.Context(), t, c, onTerminal(fmt.Sprintf("stty raw -echo; printf R; sleep 0.3; head -c %d", strokes)))
+	if !s.Receive() || string(s.Msg().GetEvent().GetData().GetPty()) != "R" {
+		t.Fatalf("got %v, %v", s.Msg(), s.Err())
+	}
+	var want bytes.Buffer
+	for i := range strokes {
+		key := string(rune('a' + i%26))
+		want.WriteString(key)
+		if _, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: ptyOf(key)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if r.pty.String() != want.String() {
+		t.Errorf("got %d keystrokes, want %d, in order", r.pty.Len(), want.Len())
+	}
+}
+
+// A paste that is many times what the kernel's queues hold, into a program that
+// does not read for a while, over HTTP/2.
+func TestALongPasteWaitsForItsReader(t *testing.T) {
+	a := startAgent(t)
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	a.http.Transport = &http.Transport{Protocols: protocols}
+	c := a.processes()
+	paste := string(numbers(60000)) // 350 kB
+	s, id := start(t.Context(), t, c, onTerminal(fmt.Sprintf("stty raw -echo; printf R; sleep 0.5; head -c %d", len(paste))))
+	if !s.Receive() || string(s.Msg().GetEvent().GetData().GetPty()) != "R" {
+		t.Fatalf("got %v, %v", s.Msg(), s.Err())
+	}
+	in, err := c.StreamInput(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := in.Send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Start{Start: &process.StreamInputRequest_StartEvent{Process: pid(id)}}}); err != nil {
+		t.Fatal(err)
+	}
+	for at := 0; at < len(paste); at += 1000 {
+		part := ptyOf(paste[at:min(at+1000, len(paste))])
+		if err := in.Send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Data{Data: &process.StreamInputRequest_DataEvent{Input: part}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := in.CloseAndReceive(); err != nil {
+		t.Fatal(err)
+	}
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if r.pty.String() != paste {
+		t.Errorf("got %d bytes of %d, or others", r.pty.Len(), len(paste))
+	}
+}
+
+func TestAHugeInputIsExactAndClosingWaitsForIt(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	const size = 64 << 20
+	begin := t.TempDir() + "/begin"
+	s, id := start(t.Context(), t, c, &process.StartRequest{Process: &process.ProcessConfig{
+		Cmd: "/bin/bash", Args: []string{"-c", "while [ ! -e $0 ]; do sleep 0.01; done; sha256sum", begin}}})
+	data := bytes.Repeat([]byte("0123456789abcde\n"), size/16)
+	failed := make(chan error, 2)
+	go func() {
+		_, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id),
+			Input: &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: data}}})
+		failed <- err
+	}()
+	empty, err := protojson.Marshal(&process.SendInputRequest{Process: pid(id), Input: stdinOf("")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the input waits for the process", func() bool {
+		_, _, body := a.call(t, "POST", "/process.Process/SendInput", empty, "Content-Type", "application/json", "Connect-Timeout-Ms", "20")
+		return strings.Contains(string(body), "wrote 0 of 0 bytes")
+	})
+	go func() {
+		_, err := c.CloseStdin(t.Context(), &process.CloseStdinRequest{Process: pid(id)})
+		failed <- err
+	}()
+	if err := os.WriteFile(begin, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	for range 2 {
+		if err := <-failed; err != nil {
+			t.Error(err)
+		}
+	}
+	if want := fmt.Sprintf("%x  -\n", sha256.Sum256(data)); r.stdout.String() != want {
+		t.Errorf("got %q, want %q", &r.stdout, want)
+	}
+	_, err = c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: stdinOf("late")})
+	wantCode(t, err, connect.CodeNotFound, "process")
+}
+
+// Whoever wants to send the rest must be told where it begins.
+func TestInputCutByItsDeadlineSaysHowMuchWasWritten(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	s, id := start(t.Context(), t, c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "/bin/bash", Args: []string{"-c", "while [ ! -e $0 ]; do sleep 0.01; done; wc -c", t.TempDir() + "/go"}}})
+	message, err := protojson.Marshal(&process.SendInputRequest{Process: pid(id), Input: stdinOf(strings.Repeat("x", 1<<20))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, header, body := a.call(t, "POST", "/process.Process/SendInput", message, "Content-Type", "application/json", "Connect-Timeout-Ms", "300")
+	written, err := strconv.Atoi(header.Get("Wrenn-Input-Written"))
+	if status != http.StatusGatewayTimeout || err != nil || written < 1 || written >= 1<<20 {
+		t.Fatalf("got %d, %v, %s", status, header, body)
+	}
+	if text := fmt.Sprintf("wrote %d of %d bytes", written, 1<<20); !strings.Contains(string(body), text) || !strings.Contains(string(body), "deadline_exceeded") {
+		t.Errorf("got %s, want %q in it", body, text)
+	}
+	kill(t, c, id)
+	for s.Receive() {
+	}
+}
+
+func TestConnectsOwnDeadlineEndsOnlyItsStream(t *testing.T) {
+	c := startAgent(t).processes()
+	s, id := start(t.Context(), t, c, bash("sleep 0.6; echo still here"))
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	at, err := attach(ctx, c, &process.ConnectRequest{Process: pid(id)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer at.Close()
+	for at.Receive() {
+	}
+	wantCode(t, at.Err(), connect.CodeDeadlineExceeded, "")
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if r.stdout.String() != "still here\n" || r.end.GetExitCode() != 0 {
+		t.Errorf("got %q and %v", &r.stdout, r.end)
+	}
+}
+
+func TestOutputPutsOffKeepalives(t *testing.T) {
+	c := startAgent(t).processes()
+	ctx, info := connect.NewClientContext(t.Context())
+	info.RequestHeader().Set("Keepalive-Ping-Interval", "1")
+	s, _ := start(ctx, t, c, bash("for i in 1 2 3 4 5 6; do sleep 0.3; echo $i; done"))
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if r.keepalives != 0 || r.stdout.String() != "1\n2\n3\n4\n5\n6\n" {
+		t.Errorf("got %d keepalives and %q", r.keepalives, &r.stdout)
+	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	rpc "github.com/wrenn/wrenn/api/proto/process"
 	"github.com/wrenn/wrenn/internal/envd/settings"
@@ -174,6 +175,11 @@ func (s *Service) command(ctx context.Context, req *rpc.StartRequest) (command, 
 		return command{}, connect.NewError(connect.CodeUnauthenticated, unknown)
 	} else if err != nil {
 		return command{}, connect.NewError(connect.CodeInternal, err)
+	}
+	for _, path := range []string{config.GetCmd(), config.GetCwd()} {
+		if len(path) >= unix.PathMax {
+			return invalid(fmt.Errorf("file name too long: %.50q… has %d bytes", path, len(path)))
+		}
 	}
 	dir, err := user.ResolvePath(config.GetCwd(), u.Home, s.settings.Workdir())
 	if err != nil {
