@@ -26,6 +26,7 @@ import (
 	"github.com/wrenn/wrenn/internal/envd/metrics"
 	"github.com/wrenn/wrenn/internal/envd/mmds"
 	"github.com/wrenn/wrenn/internal/envd/process"
+	"github.com/wrenn/wrenn/internal/envd/reclaim"
 	"github.com/wrenn/wrenn/internal/envd/settings"
 	"github.com/wrenn/wrenn/internal/envd/user"
 	"github.com/wrenn/wrenn/internal/envd/version"
@@ -52,15 +53,16 @@ type Config struct {
 
 // Agent is the guest agent. Make one with New.
 type Agent struct {
-	guard    access.Guard
-	settings settings.Settings
-	ring     *logs.Ring
-	log      *slog.Logger
-	meter    metrics.Meter
-	reaper   *process.Reaper
-	watches  *filesystem.Service
-	handler  http.Handler
-	init     initializer
+	guard     access.Guard
+	settings  settings.Settings
+	ring      *logs.Ring
+	log       *slog.Logger
+	meter     metrics.Meter
+	reaper    *process.Reaper
+	watches   *filesystem.Service
+	handler   http.Handler
+	init      initializer
+	reclaimer reclaim.Reclaimer
 
 	forwarder   *forward.Forwarder // nil if not asked for
 	ownsMachine bool
@@ -148,7 +150,7 @@ func (a *Agent) routes() http.Handler {
 	guarded.Handle(path, a.wakeForwarder(processes))
 	guarded.Handle(filesystemconnect.NewFilesystemHandler(a.watches, options))
 	open.Handle("/", a.requireToken(guarded))
-	return allowOrigins(withUser(open))
+	return a.reclaimer.After(allowOrigins(withUser(open)))
 }
 
 // requireToken lets only those in who have the access token.

@@ -110,3 +110,9 @@ func reserve(f *os.File, size int64) error {
 	}
 	return nil
 }
+
+// Append copies up to limit bytes of from to w, where it can by the kernel's own
+// hand. What fill gets from Write is such a w.
+func Append(w io.Writer, from *os.File, limit int64) (int64, error) {
+	return io.Copy(w, io.LimitReader(from, limit))
+}

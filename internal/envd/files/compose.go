@@ -111,7 +111,6 @@ func appendFile(w io.Writer, path string) error {
 		return err
 	}
 	defer f.Close()
-	// Limited to all of it: that is what lets the kernel do the copying.
-	_, err = io.Copy(w, io.LimitReader(f, math.MaxInt64))
+	_, err = atomicfile.Append(w, f, math.MaxInt64)
 	return err
 }

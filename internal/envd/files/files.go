@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/wrenn/wrenn/internal/envd/access"
+	"github.com/wrenn/wrenn/internal/envd/atomicfile"
 	"github.com/wrenn/wrenn/internal/envd/filemeta"
 	"github.com/wrenn/wrenn/internal/envd/settings"
 	"github.com/wrenn/wrenn/internal/envd/user"
@@ -50,12 +51,13 @@ func statusOf(err error) int {
 		return f.status
 	}
 	switch {
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG):
 		return http.StatusInsufficientStorage
 	case errors.Is(err, fs.ErrNotExist):
 		return http.StatusNotFound
 	case errors.Is(err, syscall.EISDIR), errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ENAMETOOLONG),
-		errors.Is(err, syscall.ELOOP), errors.Is(err, user.ErrPath), errors.Is(err, filemeta.ErrInvalid):
+		errors.Is(err, syscall.ELOOP), errors.Is(err, syscall.ENXIO), errors.Is(err, atomicfile.ErrSpecial),
+		errors.Is(err, user.ErrPath), errors.Is(err, filemeta.ErrInvalid):
 		return http.StatusBadRequest
 	}
 	return http.StatusInternalServerError

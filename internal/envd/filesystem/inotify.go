@@ -246,7 +246,10 @@ func (w *watch) addBelow(ctx context.Context, dir string, emit func(change) erro
 	}
 	for _, child := range children {
 		path := filepath.Join(dir, child.Name())
-		if emit != nil && !atomicfile.IsTemp(path) {
+		if atomicfile.IsTemp(path) {
+			continue // it comes under its own name
+		}
+		if emit != nil {
 			if err := w.announce(path, child, emit); err != nil {
 				return err
 			}

@@ -57,9 +57,9 @@ func (s *Service) MakeDir(ctx context.Context, req *rpc.MakeDirRequest) (*rpc.Ma
 	}
 	if info, err := os.Stat(path); err == nil {
 		if info.IsDir() {
-			return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("directory already exists: %s", path))
+			return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("directory already exists: %s", text(path)))
 		}
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path already exists but it is not a directory: %s", path))
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path already exists but it is not a directory: %s", text(path)))
 	}
 	if _, err := atomicfile.MakeDirs(path, int(u.UID), int(u.GID)); err != nil {
 		return nil, rpcError("make directory", err)
@@ -71,7 +71,8 @@ func (s *Service) MakeDir(ctx context.Context, req *rpc.MakeDirRequest) (*rpc.Ma
 	return &rpc.MakeDirResponse{Entry: entry}, nil
 }
 
-// Move renames a file or directory, making the parents of its new place.
+// Move renames a file or directory, making the parents of its new place, which
+// may be on another file system.
 func (s *Service) Move(ctx context.Context, req *rpc.MoveRequest) (*rpc.MoveResponse, error) {
 	source, u, err := s.resolve(ctx, req.GetSource())
 	if err != nil {
@@ -88,7 +89,7 @@ func (s *Service) Move(ctx context.Context, req *rpc.MoveRequest) (*rpc.MoveResp
 	if err != nil {
 		return nil, rpcError("make parent directory", err)
 	}
-	if err := os.Rename(source, destination); err != nil {
+	if err := move(ctx, source, destination); err != nil {
 		removeDirs()
 		return nil, rpcError("move", err)
 	}
@@ -108,6 +109,9 @@ func (s *Service) Remove(ctx context.Context, req *rpc.RemoveRequest) (*rpc.Remo
 	}
 	if path == "/" {
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the root directory cannot be removed"))
+	}
+	if point := mountAt(path); point != "" {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("cannot remove %s: %s is a mount point", text(path), text(point)))
 	}
 	if err := os.RemoveAll(path); err != nil {
 		return nil, rpcError("remove", err)
@@ -132,6 +136,11 @@ func (s *Service) ListDir(ctx context.Context, req *rpc.ListDirRequest) (*rpc.Li
 	return &rpc.ListDirResponse{Entries: l.entries}, nil
 }
 
+// maxEntries bounds a listing: with its message it takes about 1 KiB an entry.
+const maxEntries = 250_000
+
+var errTooMany = fmt.Errorf("more than %d entries: list fewer levels at once", maxEntries)
+
 type lister struct {
 	ctx     context.Context
 	names   user.Names
@@ -149,14 +158,18 @@ func (l *lister) list(dir string, depth uint32) error {
 	for _, child := range children {
 		path := filepath.Join(dir, child.Name())
 		entry, err := describe(path, &l.names)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // gone since the directory was read
-		} else if err != nil {
+		if ignoreUnreachable(err) != nil {
 			return err
+		} else if err != nil {
+			continue // gone since the directory was read
+		}
+		if len(l.entries) == maxEntries {
+			return errTooMany
 		}
 		l.entries = append(l.entries, entry)
 		if child.IsDir() && depth > 1 {
-			if err := l.list(path, depth-1); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			// One that cannot be looked into is listed, as what it is.
+			if err := ignoreUnreachable(l.list(path, depth-1)); err != nil {
 				return err
 			}
 		}
@@ -171,7 +184,7 @@ func checkDir(path string) error {
 		return rpcError("check directory", err)
 	}
 	if !info.IsDir() {
-		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path is not a directory: %s", path))
+		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path is not a directory: %s", text(path)))
 	}
 	return nil
 }
@@ -204,7 +217,7 @@ func rpcError(verb string, err error) error {
 	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.EISDIR), errors.Is(err, syscall.ENAMETOOLONG),
 		errors.Is(err, syscall.EINVAL), errors.Is(err, fs.ErrExist):
 		code = connect.CodeInvalidArgument
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG), errors.Is(err, errTooMany):
 		code = connect.CodeResourceExhausted
 	case errors.Is(err, syscall.EXDEV), errors.Is(err, syscall.EBUSY), errors.Is(err, fs.ErrPermission):
 		code = connect.CodeFailedPrecondition
