@@ -10,10 +10,10 @@ import (
 
 // openTerminal makes a pseudo-terminal that belongs to the user. The master does
 // not block, so that reads and writes can be interrupted and hold no thread.
-func openTerminal(uid uint32, size Size) (master, slave *os.File, err error) {
+func openTerminal(uid uint32, size Size) (master *os.File, slave int, err error) {
 	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, nil, fmt.Errorf("open /dev/ptmx: %w", err)
+		return nil, 0, fmt.Errorf("open /dev/ptmx: %w", err)
 	}
 	master = os.NewFile(uintptr(fd), "/dev/ptmx")
 	defer func() {
@@ -22,24 +22,24 @@ func openTerminal(uid uint32, size Size) (master, slave *os.File, err error) {
 		}
 	}()
 	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-		return nil, nil, fmt.Errorf("unlock terminal: %w", err)
+		return nil, 0, fmt.Errorf("unlock terminal: %w", err)
 	}
 	number, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
 	if err != nil {
-		return nil, nil, fmt.Errorf("get terminal number: %w", err)
+		return nil, 0, fmt.Errorf("get terminal number: %w", err)
 	}
 	if err := resizeFD(fd, size); err != nil {
-		return nil, nil, err
+		return nil, 0, err
 	}
 	name := "/dev/pts/" + strconv.Itoa(number)
-	slaveFD, err := unix.Open(name, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	slave, err = unix.Open(name, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, nil, fmt.Errorf("open %s: %w", name, err)
+		return nil, 0, fmt.Errorf("open %s: %w", name, err)
 	}
 	// Programs such as sudo open their terminal by name. The group stays what
 	// devpts gave it (tty). Not every sandbox kernel can do this.
-	_ = unix.Fchown(slaveFD, int(uid), -1)
-	return master, os.NewFile(uintptr(slaveFD), name), nil
+	_ = unix.Fchown(slave, int(uid), -1)
+	return master, slave, nil
 }
 
 // resize changes the size of the terminal; its foreground processes get SIGWINCH.

@@ -8,6 +8,10 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/envd/cgroup"
 )
 
 // errGone says that a process has ended (and may have been reaped).
@@ -19,31 +23,43 @@ var errGone = errors.New("process has ended")
 type Reaper struct {
 	orphans bool
 	signals chan os.Signal
+	forker  forker
+	groups  *cgroup.Tree // nil without cgroups
 
-	// mu is held over fork and exec, so that a child is known before its end can
-	// be seen, and over kill, so that a signal never hits a number that has been
-	// given to another process meanwhile.
+	// forks is read-locked from a fork until the child is known, so that who
+	// finds an ended process that nobody knows can wait until it is either known
+	// or certainly an orphan.
+	forks sync.RWMutex
+
+	// mu is held over each wait and each kill, so that a signal never hits a
+	// number that has been given to another process meanwhile.
 	mu       sync.Mutex
-	children map[int]chan syscall.WaitStatus
+	children map[int]*child
+}
+
+// child is a process that has been started and not reaped.
+type child struct {
+	pid    int
+	group  *cgroup.Group // nil where there are none
+	exited chan syscall.WaitStatus
 }
 
 // NewReaper returns a reaper; Run makes it work. With orphans it reaps every
 // child of this process, whoever started it: for pid 1.
 func NewReaper(orphans bool) *Reaper {
-	r := &Reaper{
-		orphans:  orphans,
-		signals:  make(chan os.Signal, 1),
-		children: make(map[int]chan syscall.WaitStatus),
-	}
-	signal.Notify(r.signals, syscall.SIGCHLD)
-	return r
+	return &Reaper{orphans: orphans, signals: make(chan os.Signal, 1), children: make(map[int]*child)}
 }
 
-// Run reaps children until ctx ends.
+// Run reaps orphans until ctx ends. Children are waited for one by one.
 func (r *Reaper) Run(ctx context.Context) {
+	if !r.orphans {
+		<-ctx.Done()
+		return
+	}
+	signal.Notify(r.signals, syscall.SIGCHLD)
 	defer signal.Stop(r.signals)
 	for {
-		r.reap()
+		r.sweep()
 		select {
 		case <-r.signals:
 		case <-ctx.Done():
@@ -52,60 +68,156 @@ func (r *Reaper) Run(ctx context.Context) {
 	}
 }
 
-// start runs a program. Its wait status comes over the channel.
-func (r *Reaper) start(path string, argv []string, attr *syscall.ProcAttr) (int, <-chan syscall.WaitStatus, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	pid, err := syscall.ForkExec(path, argv, attr)
-	if err != nil {
-		return 0, nil, err
-	}
-	exited := make(chan syscall.WaitStatus, 1)
-	r.children[pid] = exited
-	return pid, exited, nil
-}
+// Group gives each process that is started from now on a cgroup in t. It is called
+// before any start.
+func (r *Reaper) Group(t *cgroup.Tree) { r.groups = t }
 
-// signal sends sig to the process group of a child.
-func (r *Reaper) signal(pid int, sig syscall.Signal) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if _, ok := r.children[pid]; !ok {
-		return errGone
-	}
-	if err := syscall.Kill(-pid, sig); err != nil {
-		return fmt.Errorf("signal process group %d: %w", pid, err)
-	}
-	return nil
-}
-
-func (r *Reaper) reap() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.orphans {
-		for r.wait(-1) {
+// start runs a program. Its wait status comes over the child's channel.
+func (r *Reaper) start(path string, argv []string, attr *syscall.ProcAttr) (*child, error) {
+	pidfd := -1
+	attr.Sys.PidFD = &pidfd
+	var group *cgroup.Group
+	if r.groups != nil {
+		var err error
+		if group, err = r.groups.Take(); err != nil {
+			return nil, err
 		}
-		return
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, group.FD()
 	}
-	for pid := range r.children {
-		r.wait(pid)
+	r.forks.RLock()
+	pid, err := r.forker.fork(path, argv, attr)
+	if err != nil {
+		r.forks.RUnlock()
+		group.Release()
+		return nil, err
+	}
+	c := &child{pid: pid, group: group, exited: make(chan syscall.WaitStatus, 1)}
+	r.mu.Lock()
+	r.children[pid] = c
+	r.mu.Unlock()
+	r.forks.RUnlock()
+	go r.watch(c, pidfd)
+	return c, nil
+}
+
+// watch waits until the child has ended, and reaps it. A descriptor of each child
+// tells of its end without a look at any other, which a signal that children end
+// would not.
+func (r *Reaper) watch(c *child, pidfd int) {
+	defer c.group.Release()
+	if pidfd >= 0 {
+		_ = unix.SetNonblock(pidfd, true) // so that the wait holds no thread
+		f := os.NewFile(uintptr(pidfd), "pidfd")
+		defer f.Close()
+		conn, err := f.SyscallConn()
+		if err == nil {
+			err = conn.Read(func(uintptr) bool { return r.reap(c) })
+		}
+		if err == nil {
+			return
+		}
+	}
+	// An old kernel. A thread waits.
+	for !r.reap(c) {
+		_ = unix.Waitid(unix.P_PID, c.pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
 	}
 }
 
-// wait reaps one ended child, if there is one.
-func (r *Reaper) wait(pid int) bool {
+// reap collects the child's status if it has ended; true when that is done.
+func (r *Reaper) reap(c *child) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.collect(c)
+}
+
+// collect is reap for who holds mu.
+func (r *Reaper) collect(c *child) bool {
+	if r.children[c.pid] != c {
+		return true
+	}
+	status, ended := wait(c.pid)
+	if ended {
+		delete(r.children, c.pid)
+		c.exited <- status
+	}
+	return ended
+}
+
+// wait reaps a process if it has ended.
+func wait(pid int) (status syscall.WaitStatus, ended bool) {
 	for {
-		var status syscall.WaitStatus
 		got, err := syscall.Wait4(pid, &status, syscall.WNOHANG, nil)
 		if err == syscall.EINTR {
 			continue
 		}
-		if err != nil || got <= 0 {
-			return false
-		}
-		if exited, ok := r.children[got]; ok {
-			exited <- status
-			delete(r.children, got)
-		}
-		return true
+		return status, err == nil && got == pid
 	}
+}
+
+// sweep reaps whatever has ended.
+func (r *Reaper) sweep() {
+	for {
+		pid := endedChild()
+		if pid == 0 {
+			return
+		}
+		r.mu.Lock()
+		c := r.children[pid]
+		if c != nil {
+			r.collect(c)
+		}
+		r.mu.Unlock()
+		if c != nil {
+			continue
+		}
+		// An orphan, or a child so short-lived that it is not known yet. After a
+		// start that failed there may be nothing left to wait for.
+		r.forks.Lock()
+		r.mu.Lock()
+		if c := r.children[pid]; c != nil {
+			r.collect(c)
+		} else {
+			wait(pid)
+		}
+		r.mu.Unlock()
+		r.forks.Unlock()
+	}
+}
+
+// endedChild returns a process that is there to be reaped, 0 when there is none.
+func endedChild() int {
+	var info childInfo
+	for {
+		err := unix.Waitid(unix.P_ALL, 0, info.siginfo(), unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+		if err == syscall.EINTR {
+			continue
+		}
+		if err != nil {
+			return 0
+		}
+		return info.pid()
+	}
+}
+
+// signal sends sig to the process group of a child. SIGKILL goes to all that the
+// child has started, wherever it has gone.
+func (r *Reaper) signal(c *child, sig syscall.Signal) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.children[c.pid] != c {
+		return errGone
+	}
+	if sig == syscall.SIGKILL {
+		if c.group == nil {
+			return r.killTree(c.pid)
+		}
+		if err := c.group.Kill(); err != nil {
+			return err
+		}
+	}
+	// Its leader is not reaped yet, so the group is the child's.
+	if err := syscall.Kill(-c.pid, sig); err != nil {
+		return fmt.Errorf("signal process group %d: %w", c.pid, err)
+	}
+	return nil
 }

@@ -93,7 +93,9 @@ func checkDir(dir string) error {
 // spawn starts the command. The caller runs supervise with the channel.
 func spawn(r *Reaper, c command) (*Process, <-chan syscall.WaitStatus, error) {
 	p := &Process{reaper: r, out: newOutput(), activity: make(chan struct{}, 1), done: make(chan struct{})}
-	attr := &syscall.ProcAttr{Dir: c.dir, Env: c.env, Sys: &syscall.SysProcAttr{}}
+	// A session of its own also without a terminal: what leaves its process group
+	// is still known to be its.
+	attr := &syscall.ProcAttr{Dir: c.dir, Env: c.env, Sys: &syscall.SysProcAttr{Setsid: true, Setctty: c.size != nil}}
 	if os.Getuid() == 0 {
 		attr.Sys.Credential = &syscall.Credential{Uid: c.user.UID, Gid: c.user.GID, Groups: c.user.Groups}
 	}
@@ -102,69 +104,86 @@ func spawn(r *Reaper, c command) (*Process, <-chan syscall.WaitStatus, error) {
 		connect = p.openTerminal
 	}
 	theirs, ours, err := connect(c)
-	defer closeAll(theirs)
+	defer closeFDs(theirs)
 	if err != nil {
 		closeAll(ours)
 		return nil, nil, err
 	}
-	for _, f := range theirs {
-		attr.Files = append(attr.Files, f.Fd())
+	for i := range 3 {
+		attr.Files = append(attr.Files, uintptr(theirs[min(i, len(theirs)-1)]))
 	}
-	if c.size != nil {
-		attr.Files = []uintptr{attr.Files[0], attr.Files[0], attr.Files[0]}
-		attr.Sys.Setsid, attr.Sys.Setctty = true, true
-	} else {
-		attr.Sys.Setpgid = true
-	}
-	pid, exited, err := r.start(c.path, append([]string{c.argv0}, c.args...), attr)
+	p.child, err = r.start(c.path, append([]string{c.argv0}, c.args...), attr)
 	if err != nil {
 		closeAll(ours)
 		return nil, nil, err
 	}
-	p.pid = pid
-	return p, exited, nil
+	p.pid = p.child.pid
+	return p, p.child.exited, nil
 }
 
-func (p *Process) openTerminal(c command) (theirs, ours []*os.File, err error) {
+// openTerminal connects all three to a terminal.
+func (p *Process) openTerminal(c command) (theirs []int, ours []*os.File, err error) {
 	master, slave, err := openTerminal(c.user.UID, *c.size)
 	if err != nil {
 		return nil, nil, err
 	}
 	p.terminal, p.in = master, newInput(master)
 	p.streams = []*stream{{kind: terminal, file: master}}
-	return []*os.File{slave}, []*os.File{master}, nil
+	return []int{slave}, []*os.File{master}, nil
 }
 
 // pipes connects stdin, stdout and stderr. What it returns is to be closed even
-// when it fails.
-func (p *Process) pipes(c command) (theirs, ours []*os.File, err error) {
+// when it fails. The process's ends never pass through an os.File, which would
+// make them non-blocking and back.
+func (p *Process) pipes(c command) (theirs []int, ours []*os.File, err error) {
 	if c.stdin {
-		read, write, err := os.Pipe()
+		read, write, err := pipe()
 		if err != nil {
 			return theirs, ours, fmt.Errorf("make stdin: %w", err)
 		}
-		theirs, ours = append(theirs, read), append(ours, write)
-		p.in = newInput(write)
+		in := ourEnd(write, "stdin")
+		theirs, ours = append(theirs, read), append(ours, in)
+		p.in = newInput(in)
 	} else {
-		null, err := os.Open(os.DevNull)
+		null, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
-			return theirs, ours, err
+			return theirs, ours, fmt.Errorf("open %s: %w", os.DevNull, err)
 		}
 		theirs = append(theirs, null)
 	}
 	for _, k := range []kind{stdout, stderr} {
-		read, write, err := os.Pipe()
+		read, write, err := pipe()
 		if err != nil {
 			return theirs, ours, fmt.Errorf("make output pipe: %w", err)
 		}
-		theirs, ours = append(theirs, write), append(ours, read)
+		out := ourEnd(read, "output")
+		theirs, ours = append(theirs, write), append(ours, out)
 		if c.user.UID != 0 {
 			// So that the user's programs can open /dev/stdout and /dev/stderr.
-			_ = unix.Fchown(int(write.Fd()), int(c.user.UID), int(c.user.GID))
+			_ = unix.Fchown(write, int(c.user.UID), int(c.user.GID))
 		}
-		p.streams = append(p.streams, &stream{kind: k, file: read})
+		p.streams = append(p.streams, &stream{kind: k, file: out})
 	}
 	return theirs, ours, nil
+}
+
+func pipe() (read, write int, err error) {
+	var fds [2]int
+	err = unix.Pipe2(fds[:], unix.O_CLOEXEC)
+	return fds[0], fds[1], err
+}
+
+// ourEnd makes one end of a pipe a file whose reads and writes can be interrupted
+// and hold no thread. The other end still blocks, as programs expect.
+func ourEnd(fd int, name string) *os.File {
+	_ = unix.SetNonblock(fd, true)
+	return os.NewFile(uintptr(fd), name)
+}
+
+func closeFDs(fds []int) {
+	for _, fd := range fds {
+		_ = unix.Close(fd)
+	}
 }
 
 func closeAll(files []*os.File) {
