@@ -45,6 +45,13 @@ type Config struct {
 	// Forward makes listeners on loopback addresses reachable from outside. Never
 	// on a machine that is not the sandbox's alone: its services would be exposed.
 	Forward bool
+	// Cgroups is a directory in a cgroup hierarchy of version 2 that is the agent's:
+	// its processes get groups there. Where the machine is the agent's it takes the
+	// whole hierarchy.
+	Cgroups string
+	// Prefer puts the agent before its processes for the processor and when memory
+	// runs out, as OwnsMachine does.
+	Prefer bool
 	// Machine is the virtual machine whose pid 1 the agent is; else nil.
 	Machine *machine.Machine
 	// Metadata answers who the machine is; nil where nothing does.
@@ -66,6 +73,8 @@ type Agent struct {
 
 	forwarder   *forward.Forwarder // nil if not asked for
 	ownsMachine bool
+	prefer      bool
+	cgroups     string
 	machine     *machine.Machine
 	setClock    func(time.Time) error
 	metadata    *mmds.Client
@@ -76,6 +85,7 @@ type Agent struct {
 func New(c Config) *Agent {
 	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsMachine: c.OwnsMachine}
 	a.machine, a.metadata = c.Machine, c.Metadata
+	a.prefer, a.cgroups = c.Prefer || c.OwnsMachine, c.Cgroups
 	a.setClock, a.woken = setClock, make(chan struct{}, 1)
 	a.log = slog.New(a.ring.Handler(slog.LevelInfo))
 	if a.machine != nil {
@@ -119,7 +129,7 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 		<-reaping
 		a.watches.Close()
 	}()
-	err := a.serveHTTP(ctx, watchPeers(ctx, l, peerCheck))
+	err := a.runProcesses(ctx, func() error { return a.serveHTTP(ctx, watchPeers(ctx, l, peerCheck)) })
 	if ctx.Err() != nil {
 		return nil
 	}
