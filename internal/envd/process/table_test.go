@@ -1,6 +1,7 @@
 package process
 
 import (
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,6 +21,11 @@ func TestEndedProcessesAreKeptForAWhileAndNotTooMany(t *testing.T) {
 		find := func(pid uint32) *entry {
 			return tab.find(&rpc.ProcessSelector{Selector: &rpc.ProcessSelector_Pid{Pid: pid}}, true)
 		}
+		kept := func() []*entry {
+			tab.mu.Lock()
+			defer tab.mu.Unlock()
+			return slices.Clone(tab.ended)
+		}
 		first := end(1)
 		time.Sleep(keepEnded - time.Second)
 		second := end(2)
@@ -33,17 +39,17 @@ func TestEndedProcessesAreKeptForAWhileAndNotTooMany(t *testing.T) {
 		}
 		time.Sleep(keepEnded)
 		synctest.Wait()
-		if find(2) != nil || len(tab.ended) != 0 {
+		if find(2) != nil || len(kept()) != 0 {
 			t.Fatal("want all forgotten")
 		}
 		for pid := range maxEnded + 10 {
 			end(100+pid).out.write(stdout, make([]byte, keepOutput/2))
 		}
-		if len(tab.ended) != maxEnded {
-			t.Errorf("%d are kept", len(tab.ended))
+		if len(kept()) != maxEnded {
+			t.Errorf("%d are kept", len(kept()))
 		}
 		held := 0
-		for _, e := range tab.ended {
+		for _, e := range kept() {
 			held += e.out.held()
 		}
 		if held > maxEndedOutput+keepOutput {
@@ -51,7 +57,7 @@ func TestEndedProcessesAreKeptForAWhileAndNotTooMany(t *testing.T) {
 		}
 		time.Sleep(keepEnded)
 		synctest.Wait()
-		if len(tab.ended) != 0 {
+		if len(kept()) != 0 {
 			t.Error("want all forgotten")
 		}
 	})
