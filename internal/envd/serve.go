@@ -28,9 +28,18 @@ func (a *Agent) serveHTTP(ctx context.Context, l net.Listener) error {
 	if !a.ownsMachine {
 		return server.Serve(l)
 	}
+	return a.limitPrograms(ctx, func(handler http.Handler) error {
+		server.Handler = handler
+		return serveApart(server, l)
+	})
+}
+
+// serveApart serves what comes through the host with server, and what comes from
+// the sandbox's own programs with another one.
+func serveApart(server *http.Server, l net.Listener) error {
 	d := newDoor(l, maxInside, maxOutside)
 	in := &http.Server{
-		Handler:           fewInits(a.handler),
+		Handler:           fewInits(server.Handler),
 		ReadHeaderTimeout: server.ReadHeaderTimeout,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    64 << 10,

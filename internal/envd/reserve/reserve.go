@@ -16,15 +16,15 @@ const (
 	// system refuses it one, which a full process table does. Each request in a
 	// file operation holds one, and the runtime has a handful of its own.
 	threads = 24
-	// memory is what the agent stays below as long as it can, in bytes, by
+	// heap is what the agent stays below as long as it can, in bytes, by
 	// collecting its garbage more often. It is far more than it needs.
-	memory = 128 << 20
+	heap = 128 << 20
 )
 
 // Take takes the agent's share of threads and memory, before it serves. What the
 // system refuses is left out.
 func Take() {
-	debug.SetMemoryLimit(memory)
+	debug.SetMemoryLimit(heap)
 	makeThreads(threads)
 	lockText()
 }

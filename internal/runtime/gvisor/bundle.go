@@ -8,12 +8,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
 // The files of an instance in its directory. The overlay's upper layer is there
@@ -70,7 +72,11 @@ func bundleSpec(cfg runtime.Config, cgroup string) *specs.Spec {
 		Process: &specs.Process{
 			Args: append([]string{runtime.GuestInitPath}, cfg.InitArgs...),
 			Cwd:  "/",
-			Env:  []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"},
+			Env: []string{
+				"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
+				"ENVD_MAX_TASKS=" + strconv.FormatInt(maxTasks(cfg.Resources), 10),
+				"ENVD_KILL_WHEN_OUT_OF_MEMORY=1",
+			},
 			Capabilities: &specs.LinuxCapabilities{
 				Bounding: capabilities, Effective: capabilities, Permitted: capabilities,
 			},
@@ -103,6 +109,12 @@ func bundleSpec(cfg runtime.Config, cgroup string) *specs.Spec {
 		Annotations: map[string]string{"dev.gvisor.tar.rootfs.upper": filepath.Join(cfg.Dir, upperFile)},
 	}
 }
+
+// maxTasks is how many processes and threads the guest may have. Each process
+// takes up to four tasks of the host, and about a MiB of memory when it has done
+// nothing but fork; beyond either limit the sandbox ends as a whole, which a
+// program that forks without end must not bring about.
+func maxTasks(r sandbox.Resources) int64 { return max(min(r.PIDs/4, r.MemoryMiB*3/4), 64) }
 
 // upperLayer is a tar archive of what differs between instances of a template.
 // As part of the overlay these are ordinary files: programs in the guest can
