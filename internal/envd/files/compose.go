@@ -34,15 +34,9 @@ func (h *Handler) Compose(w http.ResponseWriter, r *http.Request) {
 }
 
 func (h *Handler) compose(w http.ResponseWriter, r *http.Request) (written, error) {
-	var req composeRequest
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxComposeBody)).Decode(&req); err != nil {
-		return written{}, failf(http.StatusBadRequest, "invalid request body: %w", err)
-	}
-	if len(req.SourcePaths) == 0 {
-		return written{}, failf(http.StatusBadRequest, "source_paths must not be empty")
-	}
-	if req.Destination == "" {
-		return written{}, failf(http.StatusBadRequest, "destination is required")
+	req, err := parseCompose(http.MaxBytesReader(w, r.Body, maxComposeBody))
+	if err != nil {
+		return written{}, err
 	}
 	u, err := h.user(req.Username, r)
 	if err != nil {
@@ -81,8 +75,23 @@ func (h *Handler) compose(w http.ResponseWriter, r *http.Request) (written, erro
 	return written{Name: filepath.Base(destination), Path: destination, Type: "file"}, nil
 }
 
+func parseCompose(body io.Reader) (composeRequest, error) {
+	var req composeRequest
+	if err := json.NewDecoder(body).Decode(&req); err != nil {
+		return req, failf(http.StatusBadRequest, "invalid request body: %w", err)
+	}
+	if len(req.SourcePaths) == 0 {
+		return req, failf(http.StatusBadRequest, "source_paths must not be empty")
+	}
+	if req.Destination == "" {
+		return req, failf(http.StatusBadRequest, "destination is required")
+	}
+	return req, nil
+}
+
 func (h *Handler) composeSources(paths []string, destination string, u user.User) ([]string, error) {
 	sources := make([]string, 0, len(paths))
+	there, _ := os.Stat(destination) // nil when there is none, as there may
 	for _, path := range paths {
 		source, err := h.resolve(path, u)
 		if err != nil {
@@ -99,6 +108,9 @@ func (h *Handler) composeSources(paths []string, destination string, u user.User
 		}
 		if !info.Mode().IsRegular() {
 			return nil, failf(http.StatusBadRequest, "source path is not a regular file: %s", path)
+		}
+		if there != nil && os.SameFile(info, there) {
+			return nil, failf(http.StatusBadRequest, "source path %q is the destination by another name", path)
 		}
 		sources = append(sources, source)
 	}

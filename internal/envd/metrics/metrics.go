@@ -49,12 +49,12 @@ func (m *Meter) Measure() Metrics {
 	info, _ := os.ReadFile("/proc/meminfo")
 	memory := parseMeminfo(info)
 	result.MemTotal, result.MemCache = memory["MemTotal"], memory["Cached"]
-	available, ok := memory["MemAvailable"]
-	if !ok {
-		available = memory["MemFree"] + memory["Buffers"] + memory["Cached"]
-	}
+	available := availableMemory(memory)
 	if available < result.MemTotal {
 		result.MemUsed = result.MemTotal - available
+	}
+	if limit, used, cache, ok := readCgroup("/sys/fs/cgroup"); ok && limit < result.MemTotal {
+		result.MemTotal, result.MemUsed, result.MemCache = limit, min(used, limit), min(cache, limit)
 	}
 	result.MemTotalMiB, result.MemUsedMiB = result.MemTotal>>20, result.MemUsed>>20
 
@@ -78,6 +78,11 @@ func (m *Meter) usage(busy time.Duration, now time.Time) float64 {
 	return math.Round(pct*100) / 100
 }
 
+const (
+	tick     = time.Second / 100 // USER_HZ, the same on every Linux architecture we run on
+	maxTicks = uint64(math.MaxInt64 / tick)
+)
+
 // busyTime reads the first line of /proc/stat: user, nice, system, idle,
 // iowait, irq, softirq; what follows is not ours or counted already. Sandbox
 // kernels may report only zeros.
@@ -94,11 +99,48 @@ func busyTime(stat []byte) time.Duration {
 			return 0
 		}
 		if i != 3 && i != 4 { // idle, iowait
-			ticks += n
+			ticks += min(n, maxTicks)
 		}
 	}
-	const ticksPerSecond = 100 // USER_HZ, the same on every Linux architecture we run on
-	return time.Duration(ticks) * (time.Second / ticksPerSecond)
+	return time.Duration(min(ticks, maxTicks)) * tick
+}
+
+func availableMemory(memory map[string]uint64) uint64 {
+	if available, ok := memory["MemAvailable"]; ok {
+		return available
+	}
+	return memory["MemFree"] + memory["Buffers"] + memory["Cached"]
+}
+
+// readCgroup returns the memory limit that the sandbox was given by a cgroup,
+// how much of it is used, and cached besides. Not ok where there is no limit.
+func readCgroup(root string) (limit, used, cache uint64, ok bool) {
+	inactive := "inactive_file"
+	limit, ok = readNumber(root + "/memory.max")
+	used, _ = readNumber(root + "/memory.current")
+	stat, _ := os.ReadFile(root + "/memory.stat")
+	if !ok { // version 1
+		inactive = "total_inactive_file"
+		limit, ok = readNumber(root + "/memory/memory.limit_in_bytes")
+		used, _ = readNumber(root + "/memory/memory.usage_in_bytes")
+		stat, _ = os.ReadFile(root + "/memory/memory.stat")
+	}
+	for line := range strings.Lines(string(stat)) {
+		if name, value, _ := strings.Cut(strings.TrimSpace(line), " "); name == inactive {
+			cache, _ = strconv.ParseUint(value, 10, 64)
+		}
+	}
+	cache = min(cache, used)
+	return limit, used - cache, cache, ok && limit > 0
+}
+
+func readNumber(path string) (uint64, bool) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64)
+	return n, err == nil
 }
 
 func parseMeminfo(info []byte) map[string]uint64 {
@@ -114,7 +156,7 @@ func parseMeminfo(info []byte) map[string]uint64 {
 			continue
 		}
 		if unit == "kB" {
-			n <<= 10
+			n = min(n, math.MaxUint64>>10) << 10
 		}
 		values[name] = n
 	}
