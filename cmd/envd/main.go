@@ -21,6 +21,8 @@ func main() {
 	asVM := flag.Bool("vm", false, "be the first process of a virtual machine: mount, set up the network, power off on request")
 	metadata := flag.Bool("mmds", false, "ask the virtual machine's monitor for the sandbox's identity (wrenn.mmds=1 on the kernel's command line does the same)")
 	forward := flag.Bool("forward", envd.IsInit(), "make what listens on the loopback reachable from outside")
+	cgroups := flag.String("cgroups", "", "`directory` of a cgroup hierarchy of version 2 to give processes cgroups in (as pid 1: where it is mounted)")
+	prefer := flag.Bool("prefer", envd.IsInit(), "go before the processes for the processor, and after them when memory runs out")
 	showVersion := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
 	if *showVersion {
@@ -34,7 +36,7 @@ func main() {
 	case *asVM:
 		err = runMachine(*listen, *metadata, *forward)
 	default:
-		err = run(*listen, *asInit, *metadata, *forward)
+		err = run(*listen, *metadata, envd.Config{Init: *asInit, Forward: *forward, Cgroups: *cgroups, Prefer: *prefer})
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)
@@ -42,7 +44,7 @@ func main() {
 	}
 }
 
-func run(address string, asInit, metadata, forward bool) error {
+func run(address string, metadata bool, config envd.Config) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	if envd.IsInit() { // of a container, which only its runtime ends
 		stop()
@@ -55,7 +57,7 @@ func run(address string, asInit, metadata, forward bool) error {
 	if err != nil {
 		return err
 	}
-	config := envd.Config{Init: asInit, OwnsMachine: envd.IsInit(), Forward: forward}
+	config.OwnsMachine = envd.IsInit()
 	if metadata {
 		config.Metadata = mmds.New(mmds.Address)
 	}

@@ -194,6 +194,13 @@ func (g *Group) Release() {
 	t.settle(g.path)
 }
 
+// Discard is Release for a group that turned out to be unusable.
+func (g *Group) Discard() {
+	if !g.remove() {
+		g.dir.Close()
+	}
+}
+
 func (g *Group) remove() bool {
 	err := unix.Rmdir(g.path)
 	if err != nil && !errors.Is(err, unix.ENOENT) {

@@ -76,16 +76,16 @@ func (r *Reaper) Group(t *cgroup.Tree) { r.groups = t }
 func (r *Reaper) start(path string, argv []string, attr *syscall.ProcAttr) (*child, error) {
 	pidfd := -1
 	attr.Sys.PidFD = &pidfd
-	var group *cgroup.Group
-	if r.groups != nil {
-		var err error
-		if group, err = r.groups.Take(); err != nil {
-			return nil, err
-		}
-		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, group.FD()
-	}
+	// Programs that have the rights can spoil the cgroups. That must not keep
+	// anything from being started.
+	group := r.group()
 	r.forks.RLock()
-	pid, err := r.forker.fork(path, argv, attr)
+	pid, err := r.fork(path, argv, attr, group)
+	if group != nil && (errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EOPNOTSUPP)) {
+		group.Discard()
+		group = nil
+		pid, err = r.fork(path, argv, attr, nil)
+	}
 	if err != nil {
 		r.forks.RUnlock()
 		group.Release()
@@ -98,6 +98,25 @@ func (r *Reaper) start(path string, argv []string, attr *syscall.ProcAttr) (*chi
 	r.forks.RUnlock()
 	go r.watch(c, pidfd)
 	return c, nil
+}
+
+func (r *Reaper) group() *cgroup.Group {
+	if r.groups == nil {
+		return nil
+	}
+	group, err := r.groups.Take()
+	if err != nil {
+		return nil
+	}
+	return group
+}
+
+func (r *Reaper) fork(path string, argv []string, attr *syscall.ProcAttr, group *cgroup.Group) (int, error) {
+	attr.Sys.UseCgroupFD = group != nil
+	if group != nil {
+		attr.Sys.CgroupFD = group.FD()
+	}
+	return r.forker.fork(path, argv, attr)
 }
 
 // watch waits until the child has ended, and reaps it. A descriptor of each child
