@@ -42,7 +42,9 @@ func (r *Reaper) Prefer() error {
 	err := renice(agentNice)
 	r.forker.nice = err == nil
 	score := agentOOMScore
-	if isFirstProcess() {
+	// Without the right to trace processes of other users none could be stopped
+	// for the correction. gVisor is such a place, and does not use the score.
+	if isFirstProcess() || !mayTrace() {
 		score = childOOMScore
 	}
 	if failure := setOOMScore("self", score); failure != nil {
@@ -58,6 +60,13 @@ func (r *Reaper) Prefer() error {
 func isFirstProcess() bool {
 	var stat unix.Stat_t
 	return os.Getpid() == 1 && unix.Stat("/proc/self/ns/pid", &stat) == nil && stat.Ino == initPIDNamespace
+}
+
+// mayTrace reports whether the agent may trace any process.
+func mayTrace() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData
+	return unix.Capget(&header, &sets[0]) == nil && sets[0].Effective&(1<<unix.CAP_SYS_PTRACE) != 0
 }
 
 func setOOMScore(pid string, score int) error {
