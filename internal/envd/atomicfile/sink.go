@@ -95,16 +95,15 @@ func (s *sink) advance(n int64) {
 	s.flushed = s.offset
 }
 
-// reserve sets room for size bytes aside. Where that cannot be done it is left
-// to the writes to find out.
+// reserve sees that there is room for size bytes. Where that cannot be told it
+// is left to the writes to find out.
 func reserve(f *os.File, size int64) error {
-	if size <= 0 {
+	var disk unix.Statfs_t
+	if size <= 0 || unix.Fstatfs(int(f.Fd()), &disk) == nil && size/max(disk.Bsize, 1) < int64(disk.Bavail) {
 		return nil
 	}
+	// Only now, because it can take as long as writing all of it.
 	err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, size)
-	for err == unix.EINTR {
-		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, size)
-	}
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG) {
 		return &os.PathError{Op: "reserve", Path: f.Name(), Err: err}
 	}
