@@ -53,6 +53,10 @@ type envdBench struct {
 // interface, without a platform or a sandbox around it.
 func Envd(ctx context.Context, o EnvdOptions) (_ Report, err error) {
 	r := Report{Bench: "envd", Host: thisHost("none")}
+	// The agent runs in its own directory, and is told paths of this one.
+	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
+		return r, fmt.Errorf("find directory: %w", err)
+	}
 	b := &envdBench{EnvdOptions: o, binary: o.Binary}
 	if b.dir, err = os.MkdirTemp(o.Dir, "wrenn-bench-"); err != nil {
 		return r, fmt.Errorf("make directory: %w", err)
@@ -148,15 +152,11 @@ func (b *envdBench) measureIdle() error {
 
 // where says which disk the files are on.
 func (b *envdBench) where() string {
-	dir, err := filepath.Abs(b.Dir)
-	if err != nil {
-		dir = b.Dir
-	}
 	var st unix.Statfs_t
-	if unix.Statfs(dir, &st) == nil && st.Type == unix.TMPFS_MAGIC {
-		return dir + ", which is in memory (tmpfs)"
+	if unix.Statfs(b.Dir, &st) == nil && st.Type == unix.TMPFS_MAGIC {
+		return b.Dir + ", which is in memory (tmpfs)"
 	}
-	return dir
+	return b.Dir
 }
 
 // beside sets the floor of r without a goal.

@@ -44,6 +44,8 @@ func smallEnvdOptions(t *testing.T) EnvdOptions {
 
 func TestEnvdReportsEveryMetricBesideItsFloor(t *testing.T) {
 	o := smallEnvdOptions(t)
+	t.Chdir(o.Dir)
+	o.Dir = "."
 	report, err := Envd(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
