@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -93,6 +94,9 @@ type Group struct {
 	tree *Tree
 	path string
 	dir  *os.File
+	// killed groups are not used again: Linux 6.18 takes a process started in one
+	// for a fork that escapes the kill, and kills it too.
+	killed atomic.Bool
 }
 
 // Take returns an empty group. Its Release must be called.
@@ -131,6 +135,7 @@ func (g *Group) Path() string { return g.path }
 
 // Kill kills every process in the group.
 func (g *Group) Kill() error {
+	g.killed.Store(true)
 	err := g.write("cgroup.kill", "1")
 	if errors.Is(err, fs.ErrNotExist) {
 		err = g.killEach()
@@ -169,7 +174,7 @@ func (g *Group) Release() {
 		return
 	}
 	t := g.tree
-	if g.empty() {
+	if !g.killed.Load() && g.empty() {
 		t.mu.Lock()
 		keep := len(t.spare) < maxSpare
 		if keep {
