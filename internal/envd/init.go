@@ -55,24 +55,8 @@ func parseInit(body []byte) (initRequest, error) {
 	if err := json.Unmarshal(body, &req); err != nil {
 		return req, fmt.Errorf("invalid body: %w", err)
 	}
-	for name, value := range req.EnvVars {
-		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
-			return req, fmt.Errorf("invalid environment variable %.100q", name)
-		}
-	}
-	for _, word := range []string{req.SandboxID, req.TemplateID, req.LifecycleID} {
-		if len(word) > 256 || strings.ContainsFunc(word, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
-			return req, fmt.Errorf("invalid id %.100q", word)
-		}
-	}
-	if strings.ContainsAny(req.DefaultUser, "\x00\n:") || strings.Contains(req.DefaultWorkdir, "\x00") {
-		return req, errors.New("invalid default user or working directory")
-	}
-	if t := req.Timestamp; t != nil && (t.Year() < 1970 || t.Year() > 2200) {
-		return req, fmt.Errorf("invalid timestamp: the year %d", t.Year())
-	}
-	if len(req.Entropy) > machine.MaxEntropy {
-		return req, fmt.Errorf("invalid entropy: more than %d bytes", machine.MaxEntropy)
+	if err := req.check(); err != nil {
+		return req, err
 	}
 	var err error
 	if req.CABundle != "" {
@@ -86,6 +70,30 @@ func parseInit(body []byte) (initRequest, error) {
 		}
 	}
 	return req, nil
+}
+
+// check returns an error unless all that is plain text or numbers is valid.
+func (req *initRequest) check() error {
+	for name, value := range req.EnvVars {
+		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
+			return fmt.Errorf("invalid environment variable %.100q", name)
+		}
+	}
+	for _, word := range []string{req.SandboxID, req.TemplateID, req.LifecycleID} {
+		if len(word) > 256 || strings.ContainsFunc(word, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
+			return fmt.Errorf("invalid id %.100q", word)
+		}
+	}
+	if strings.ContainsAny(req.DefaultUser, "\x00\n:") || strings.Contains(req.DefaultWorkdir, "\x00") {
+		return errors.New("invalid default user or working directory")
+	}
+	if t := req.Timestamp; t != nil && (t.Year() < 1970 || t.Year() > 2200) {
+		return fmt.Errorf("invalid timestamp: the year %d", t.Year())
+	}
+	if len(req.Entropy) > machine.MaxEntropy {
+		return fmt.Errorf("invalid entropy: more than %d bytes", machine.MaxEntropy)
+	}
+	return nil
 }
 
 // initializer orders the host's requests: an old one that comes late must not

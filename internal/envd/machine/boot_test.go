@@ -14,6 +14,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 func TestABareMachineBecomesASystem(t *testing.T) {
@@ -56,6 +57,13 @@ func TestABareMachineBecomesASystem(t *testing.T) {
 	}
 	if !strings.Contains(env, "PATH="+searchPath+"\n") || !strings.Contains(env, "HOME=/root\n") {
 		t.Errorf("the environment is %s", env)
+	}
+	var limit unix.Rlimit // which the machine of a test cannot raise
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := v.run("limits", false), fmt.Sprintln(min(65536, limit.Max)); got != want {
+		t.Errorf("programs may open %q files, want %q", got, want)
 	}
 	v.run("orphans", false)
 	v.eventually("all orphans are reaped", func() bool { return len(v.children()) == 0 })

@@ -95,9 +95,9 @@ func (m *Machine) Stop() { m.off() }
 // process, and with it the machine, for a hang-up. The signals by which init is
 // asked to power off, ctrl-alt-del among them, do that.
 func (m *Machine) watchSignals() {
-	// Nobody reads this one: what is sent to it is dropped. Ignoring signals
+	// Nobody reads these: what is sent is dropped. Ignoring signals
 	// instead would be inherited by every program.
-	signal.Notify(make(chan os.Signal))
+	signal.Notify(make(chan os.Signal, 1))
 	requests := make(chan os.Signal, 1)
 	signal.Notify(requests, syscall.SIGTERM, syscall.SIGINT, syscall.SIGPWR)
 	go func() { // ends with the machine
@@ -115,10 +115,20 @@ func (m *Machine) watchSignals() {
 func ownProcess() error {
 	os.Clearenv()
 	syscall.Umask(0o022)
-	limit := syscall.Rlimit{Cur: 65_536, Max: 1_048_576}
-	err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
-	if errors.Is(err, syscall.EPERM) { // it was lower, and we may not raise it
-		err = nil
+	return errors.Join(limitFiles(65_536, 1_048_576), os.Setenv("PATH", searchPath), os.Setenv("HOME", "/root"), os.Chdir("/"))
+}
+
+// limitFiles sets how many files a process may open, and up to how many it may
+// raise that itself.
+func limitFiles(soft, hard uint64) error {
+	err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: soft, Max: hard})
+	if !errors.Is(err, syscall.EPERM) {
+		return err
 	}
-	return errors.Join(err, os.Setenv("PATH", searchPath), os.Setenv("HOME", "/root"), os.Chdir("/"))
+	// The limit was lower, and this process may not raise it.
+	var now syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &now); err != nil {
+		return err
+	}
+	return syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: min(soft, now.Max), Max: now.Max})
 }

@@ -27,7 +27,9 @@ func TestMain(m *testing.M) {
 	var err error
 	switch os.Getenv(stageEnv) {
 	case "":
-		os.Exit(m.Run())
+		code := m.Run()
+		os.RemoveAll(built)
+		os.Exit(code)
 	case "vm":
 		err = stageVM()
 	case "mounts":

@@ -25,12 +25,16 @@ import (
 	"github.com/wrenn/wrenn/api/proto/process/processconnect"
 )
 
+// built is the directory of the binaries, for the end of the tests.
+var built string
+
 // binaries builds the agent and the test guest once.
 var binaries = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "machine-test-")
 	if err != nil {
 		return "", err
 	}
+	built = dir
 	for name, pkg := range map[string]string{"envd": "../../../cmd/envd", "testguest": "./testguest"} {
 		build := exec.Command("go", "build", "-o", filepath.Join(dir, name), pkg)
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -8,7 +8,6 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,11 +20,11 @@ func main() {
 		_, err := unix.IoctlGetWinsize(0, unix.TIOCGWINSZ)
 		name, _ := os.Readlink("/proc/self/fd/0")
 		var st unix.Stat_t
-		unix.Fstat(0, &st)
+		must(unix.Fstat(0, &st))
 		fmt.Printf("terminal=%v name=%s gid=%d mode=%o\n", err == nil, name, st.Gid, st.Mode&0o777)
 	case "limits":
 		var l unix.Rlimit
-		unix.Getrlimit(unix.RLIMIT_NOFILE, &l)
+		must(unix.Getrlimit(unix.RLIMIT_NOFILE, &l))
 		fmt.Println(l.Cur)
 	case "orphans": // leaves processes without a parent, which end at once
 		for range 20 {
@@ -43,7 +42,9 @@ func main() {
 	case "stubborn":
 		signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 		fmt.Println("ready")
-		time.Sleep(time.Hour)
+		for { // until it is killed
+			_ = unix.Pause()
+		}
 	}
 }
 
