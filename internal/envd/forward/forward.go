@@ -28,7 +28,9 @@ const (
 	restPerSocket = 50 * time.Microsecond
 	// quietInterval takes the interval's place where looking is costly and nothing
 	// points to a change: being woken twenty times a second is what costs in gVisor.
-	quietInterval = time.Second
+	// Somebody who asks for a port points to it, where packets can be watched.
+	quietInterval     = 5 * time.Second
+	unwatchedInterval = time.Second
 	// changeAlert is how long after a change another one is likely.
 	changeAlert = time.Second
 	// addressLife is how long the machine's addresses are taken for unchanged.
@@ -56,6 +58,8 @@ type Forwarder struct {
 	serves sync.WaitGroup
 
 	reserved  uint16
+	quiet     time.Duration // 0: the interval is always the same
+	open      func() (sockets, error)
 	expose    func(context.Context) (exposer, error)
 	sockets   sockets
 	exposer   exposer
@@ -69,6 +73,7 @@ type Forwarder struct {
 // New returns a forwarder that does nothing before Run.
 func New(c Config) *Forwarder {
 	f := &Forwarder{config: c, wake: make(chan struct{}, 1), slots: make(chan struct{}, maxConnections)}
+	f.open = openSockets
 	f.expose = func(ctx context.Context) (exposer, error) { return newRedirect(ctx, f.serve, c.Log) }
 	return f
 }
@@ -100,7 +105,7 @@ func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
 	f.reserved = reserved
 	log := f.config.Log
 	var err error
-	if f.sockets, err = openSockets(); err != nil {
+	if f.sockets, err = f.open(); err != nil {
 		log.Warn("Listeners on loopback addresses are not forwarded", "error", err)
 		return
 	}
@@ -116,11 +121,13 @@ func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
 	defer cancel()
 
 	if f.sockets.costly() {
-		f.serves.Go(func() {
-			if err := watchPackets(ctx, f.lookSoon); err != nil {
-				log.Info("Listeners may be noticed late", "reason", err)
-			}
-		})
+		f.quiet = quietInterval
+		if p, err := openPackets(); err == nil {
+			f.serves.Go(func() { p.watch(ctx, f.lookSoon) })
+		} else {
+			log.Info("Listeners may be noticed late", "reason", err)
+			f.quiet = unwatchedInterval
+		}
 	}
 
 	failing := false
@@ -138,29 +145,29 @@ func (f *Forwarder) Run(ctx context.Context, reserved uint16) {
 
 // pause waits until it is time for the next look; false says that ctx ended.
 func (f *Forwarder) pause(ctx context.Context, seen int, failing bool) bool {
+	looked := time.Now()
 	rest := max(interval, time.Duration(seen)*restPerSocket)
 	if failing {
 		rest = max(rest, time.Second)
 	}
-	if !wait(ctx, rest, nil) {
-		return false
+	quiet := looked.UnixNano() >= f.alert.Load()
+	going := true
+	switch {
+	case quiet && f.config.Idle != nil && len(f.paths) == 0 && f.config.Idle():
+		going = wait(ctx, forever, f.wake)
+	case quiet && f.quiet > 0:
+		going = wait(ctx, max(f.quiet, rest), f.wake)
 	}
-	if time.Now().UnixNano() < f.alert.Load() {
-		return true
-	}
-	if f.config.Idle != nil && len(f.paths) == 0 && f.config.Idle() {
-		return wait(ctx, forever, f.wake)
-	}
-	if f.sockets.costly() {
-		return wait(ctx, quietInterval-rest, f.wake)
-	}
-	return true
+	return going && wait(ctx, rest-time.Since(looked), nil)
 }
 
 const forever = time.Duration(math.MaxInt64)
 
 // wait returns after a time or when woken; false says that ctx ended.
 func wait(ctx context.Context, d time.Duration, woken <-chan struct{}) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
