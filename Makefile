@@ -30,7 +30,7 @@ PROTOC_GEN_CONNECT := v1.21.1
 export GOTOOLCHAIN := auto
 
 .DELETE_ON_ERROR:
-.PHONY: up down build packages test test-packages test-reproducible fuzz lint bench generate clean
+.PHONY: up down build packages test test-packages test-reproducible soak fuzz lint bench generate clean
 
 up: packages build
 	@bin/wrenn up --detach --data $(DATA) --listen $(LISTEN) $(UP_FLAGS)
@@ -67,6 +67,11 @@ test: test-packages build
 # Builds the base template twice and compares; looks at what is in it.
 test-reproducible: packages
 	WRENN_TEST_REPRODUCIBLE=1 CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 30m -run TestBaseTemplate ./internal/template
+
+# 100,000 processes, 1,000 terminals and 10,000 watches on one guest agent: some
+# minutes. `make test` has a short form of it.
+soak:
+	WRENN_SOAK=full CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 60m -run '^TestSoak$$' ./internal/envd
 
 # Runs every fuzz target for FUZZ_TIME.
 FUZZ_TIME ?= 30s
