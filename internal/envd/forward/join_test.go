@@ -141,7 +141,7 @@ func TestASenderWaitsForAReaderThatDoesNotRead(t *testing.T) {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("sent %d bytes to somebody who reads none: %v", n, err)
 	}
-	if grown := w.memory(t) - before; grown > 4<<20 {
+	if grown := w.memory(t) - before; grown > 16<<20 { // of a GiB; the race detector takes its share
 		t.Errorf("the forwarder grew by %d bytes", grown)
 	}
 }
