@@ -76,16 +76,21 @@ func (h *Handler) download(w http.ResponseWriter, r *http.Request) error {
 		header.Set("ETag", etag(info))
 		http.ServeContent(w, r, path, info.ModTime(), f)
 	default:
-		header.Set("Content-Type", contentType(path))
-		if r.Method == http.MethodHead {
-			return nil
-		}
-		// A pipe without a word must not be waited for longer than the client does.
-		stop := context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
-		defer stop()
-		_, _ = io.Copy(w, f)
+		sendStream(w, r, path, f)
 	}
 	return nil
+}
+
+// sendStream sends what has no size that could be told.
+func sendStream(w http.ResponseWriter, r *http.Request, path string, f *os.File) {
+	w.Header().Set("Content-Type", contentType(path))
+	if r.Method == http.MethodHead {
+		return
+	}
+	// A pipe without a word must not be waited for longer than the client does.
+	stop := context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	_, _ = io.Copy(w, f)
 }
 
 // etag names the content: a file that is replaced is another one, and one that

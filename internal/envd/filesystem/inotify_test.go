@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -42,9 +43,7 @@ func bareWatch(t testing.TB, root string) *watch {
 func TestOneKernelEventGivesItsChangesInOrder(t *testing.T) {
 	dir := t.TempDir()
 	w := bareWatch(t, dir)
-	var wd int32
-	for wd = range w.dirs {
-	}
+	wd := slices.Collect(maps.Keys(w.dirs))[0]
 	var got []string
 	emit := func(c change) error {
 		got = append(got, strings.TrimPrefix(c.kind.String(), "EVENT_TYPE_"))
@@ -240,7 +239,8 @@ func TestEventsThatWaitAreBounded(t *testing.T) {
 	p := &poller{}
 	e := &rpc.FilesystemEvent{Name: strings.Repeat("n", 1<<20)}
 	kept := 0
-	for ; kept < 1000 && r.keep(p, e) == nil; kept++ {
+	for kept < 1000 && r.keep(p, e) == nil {
+		kept++
 	}
 	if kept == 0 || kept > maxBuffered>>20 {
 		t.Errorf("%d MiB kept", kept)
