@@ -32,7 +32,7 @@ func endOf(status syscall.WaitStatus) End {
 	return End{Code: -1, Status: text}
 }
 
-// Process is a started program: a session of its own.
+// Process is a started program: a session or a process group of its own.
 type Process struct {
 	pid      int
 	child    *child

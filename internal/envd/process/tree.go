@@ -15,24 +15,30 @@ const maxKillPasses = 1000
 
 // relatives says where a process stands among others.
 type relatives struct {
-	pid, parent, session int
-	dead                 bool // only its status is left
+	pid, parent, group, session int
+
+	dead bool // only its status is left
+}
+
+// family is a child and what it has started, as far as can be seen.
+type family struct {
+	members, groups, sessions map[int]bool
+	agent                     relatives
 }
 
 // killTree kills a child and all that it has started, where no cgroup does. It
-// finds them by descent and by session: a process that was left by its parent is
-// in a session that its ancestors were in, unless it made one of its own since the
-// last look. It is called with mu held, so the child is not reaped.
+// finds them by descent, process group and session: a process that was left by its
+// parent is where its ancestors were, unless it made a session of its own since
+// the last look. It is called with mu held, so the child is not reaped.
 func (r *Reaper) killTree(root int) error {
-	agentSession, err := unix.Getsid(0)
-	if err != nil {
-		return err
+	f := family{members: map[int]bool{root: true}, groups: map[int]bool{root: true}, sessions: map[int]bool{}}
+	var ok bool
+	if f.agent, ok = lookAt(os.Getpid()); !ok { // no /proc
+		return syscall.Kill(-root, syscall.SIGKILL)
 	}
-	members := map[int]bool{root: true}
-	sessions := map[int]bool{root: true}
 	for range maxKillPasses {
 		killed := false
-		for _, p := range r.tree(members, sessions, agentSession) {
+		for _, p := range r.find(&f) {
 			if !p.dead && p.pid != root {
 				killed = killMember(p) || killed
 			}
@@ -48,37 +54,36 @@ func (r *Reaper) killTree(root int) error {
 	return nil
 }
 
-// tree returns who belongs to members by descent or by session, and adds them to
-// both. Other children of the agent and what they started are none of them.
-func (r *Reaper) tree(members, sessions map[int]bool, agentSession int) []relatives {
+// find returns who belongs to the family, and adds them to it. Other children of
+// the agent and what they started do not.
+func (r *Reaper) find(f *family) []relatives {
 	all := processes()
 	var found []relatives
 	seen := make(map[int]bool)
 	for again := true; again; {
 		again = false
 		for _, p := range all {
-			if seen[p.pid] || p.pid == os.Getpid() || r.children[p.session] != nil && !sessions[p.session] {
-				continue
-			}
-			if other := r.children[p.pid] != nil; other && !members[p.pid] {
-				continue
-			}
-			if !members[p.pid] && !members[p.parent] && !sessions[p.session] {
+			if seen[p.pid] || p.pid == f.agent.pid || r.children[p.pid] != nil && !f.members[p.pid] ||
+				!f.members[p.pid] && !f.members[p.parent] && !f.groups[p.group] && !f.sessions[p.session] {
 				continue
 			}
 			seen[p.pid], again = true, true
-			members[p.pid] = true
-			if p.session != agentSession {
-				sessions[p.session] = true
+			f.members[p.pid] = true
+			// Not where others are too: the agent, or another child.
+			if p.group != f.agent.group && (r.children[p.group] == nil || f.members[p.group]) {
+				f.groups[p.group] = true
+			}
+			if p.session != f.agent.session && (r.children[p.session] == nil || f.members[p.session]) {
+				f.sessions[p.session] = true
 			}
 			found = append(found, p)
 		}
 	}
-	// A number may be another's at the next look. Sessions last as long as
-	// somebody is in them.
-	for pid := range members {
+	// A number may be another's at the next look. Groups and sessions last as long
+	// as somebody is in them.
+	for pid := range f.members {
 		if !seen[pid] {
-			delete(members, pid)
+			delete(f.members, pid)
 		}
 	}
 	return found
@@ -92,7 +97,7 @@ func killMember(p relatives) bool {
 	}
 	defer unix.Close(fd)
 	// Of the same session still: either it is p, or it belongs to the tree too.
-	if now, ok := lookAt(p.pid); !ok || now.session != p.session {
+	if now, ok := lookAt(p.pid); !ok || now.session != p.session || now.group != p.group {
 		return true // there was something: look again
 	}
 	return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil
@@ -134,10 +139,11 @@ func relativesFrom(pid int, data []byte) (relatives, bool) {
 		return relatives{}, false
 	}
 	parent, err1 := strconv.Atoi(string(fields[1]))
-	session, err2 := strconv.Atoi(string(fields[3]))
-	if err1 != nil || err2 != nil {
+	group, err2 := strconv.Atoi(string(fields[2]))
+	session, err3 := strconv.Atoi(string(fields[3]))
+	if err1 != nil || err2 != nil || err3 != nil {
 		return relatives{}, false
 	}
 	state := fields[0][0]
-	return relatives{pid: pid, parent: parent, session: session, dead: state == 'Z' || state == 'X'}, true
+	return relatives{pid: pid, parent: parent, group: group, session: session, dead: state == 'Z' || state == 'X'}, true
 }
