@@ -53,5 +53,5 @@ func makeThreads(n int) {
 // can send it any; only its runtime ends it, from outside. Signals that are
 // asked for elsewhere, like that for ended children, still arrive there.
 func IgnoreSignals() {
-	signal.Notify(make(chan os.Signal)) // nobody reads it, so they are dropped
+	signal.Notify(make(chan os.Signal, 1)) // nobody reads it, so they are dropped
 }
