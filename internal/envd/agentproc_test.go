@@ -17,18 +17,22 @@ import (
 	"testing"
 )
 
+// buildAgent builds the agent and returns a path to run it by, which is there as
+// long as the test's process and leaves no file behind.
 var buildAgent = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "envd-agent")
 	if err != nil {
 		return "", err
 	}
+	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "envd")
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, "../../cmd/envd")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
 	}
-	return path, nil
+	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd), err
 })
 
 // realAgent is an agent in a process of its own, as it runs in a sandbox.
