@@ -1,6 +1,7 @@
 package process
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -128,7 +129,8 @@ func (f *forker) fork(path string, argv []string, attr *syscall.ProcAttr) (int, 
 	}
 	// Without taking the status: it may be the child's end, if somebody killed it.
 	const events = unix.WSTOPPED | unix.WEXITED | unix.WNOWAIT | unix.WALL
-	for unix.Waitid(unix.P_PID, pid, nil, events, nil) == syscall.EINTR {
+	for errors.Is(unix.Waitid(unix.P_PID, pid, nil, events, nil), syscall.EINTR) {
+		continue
 	}
 	_ = setOOMScore(strconv.Itoa(pid), childOOMScore)
 	_ = syscall.PtraceDetach(pid)
