@@ -1,6 +1,7 @@
 package process
 
 import (
+	"errors"
 	"io"
 	"os"
 	"strconv"
@@ -107,13 +108,13 @@ func (s *stream) read(buf []byte) (n int, err error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		n, err = readNow(int(fd), buf)
-		if err == unix.EIO {
+		if errors.Is(err, unix.EIO) {
 			// Linux looks for output first and whether the terminal is closed
 			// then: what was written and closed in between is still there.
 			n, err = readNow(int(fd), buf)
 		}
 		s.taken += int64(max(n, 0))
-		return err != unix.EAGAIN
+		return !errors.Is(err, unix.EAGAIN)
 	})
 	switch {
 	case err == nil && waitErr != nil:
