@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/wrenn/wrenn/internal/envd"
+	"github.com/wrenn/wrenn/internal/envd/forward"
 	"github.com/wrenn/wrenn/internal/envd/machine"
 	"github.com/wrenn/wrenn/internal/envd/mmds"
 	"github.com/wrenn/wrenn/internal/envd/reserve"
@@ -51,6 +52,9 @@ func run(address string, metadata bool, config envd.Config) error {
 		ctx = context.Background()
 		reserve.IgnoreSignals()
 		reserve.Take()
+		if err := forward.WithholdRules(); err != nil {
+			return err
+		}
 	}
 	defer stop()
 	l, err := envd.Listen(address)

@@ -74,8 +74,22 @@ type Forwarder struct {
 func New(c Config) *Forwarder {
 	f := &Forwarder{config: c, wake: make(chan struct{}, 1), slots: make(chan struct{}, maxConnections)}
 	f.open = openSockets
-	f.expose = func(ctx context.Context) (exposer, error) { return newRedirect(ctx, f.serve, c.Log) }
+	f.expose = f.redirect
 	return f
+}
+
+// redirect returns the exposer for Linux, or else that for gVisor.
+func (f *Forwarder) redirect(ctx context.Context) (exposer, error) {
+	nft := func(port uint16) (rules, error) { return newNFT(port, f.config.Log) }
+	r, err := newRedirect(ctx, f.serve, nft, "tcp4", "tcp6")
+	if err == nil {
+		return r, nil
+	}
+	r, errLegacy := newRedirect(ctx, f.serve, newIPTables, "tcp4")
+	if errLegacy == nil {
+		return r, nil
+	}
+	return nil, errors.Join(err, errLegacy)
 }
 
 // Wake says that during the time to come something may well begin to listen: a
@@ -188,7 +202,7 @@ func (f *Forwarder) look() (seen int, err error) {
 		return 0, err
 	}
 	listeners = without(listeners, f.exposer.own())
-	if slices.Equal(listeners, f.listeners) && now.Sub(f.addrsRead) < addressLife {
+	if slices.Equal(listeners, f.listeners) && now.Sub(f.addrsRead) < addressLife && f.exposer.intact() {
 		return seen, nil
 	}
 	if !slices.Equal(listeners, f.listeners) {
@@ -221,20 +235,36 @@ func (f *Forwarder) serve(ctx context.Context, conn *net.TCPConn, to netip.AddrP
 	}
 	f.serves.Go(func() {
 		defer func() { <-f.slots }()
-		path, err := f.path(to, fresh)
+		inner, err := f.dial(ctx, to, fresh)
 		if err != nil {
 			reset(conn)
 			return
 		}
-		dialer := net.Dialer{Timeout: dialTimeout, KeepAlive: -1}
-		inner, err := dialer.DialContext(ctx, "tcp", path.String())
-		if err != nil {
-			reset(conn)
-			f.lookSoon() // the listener may be gone
-			return
-		}
-		join(ctx, conn, inner.(*net.TCPConn))
+		join(ctx, conn, inner)
 	})
+}
+
+// dial connects to where connections to an outside address go.
+func (f *Forwarder) dial(ctx context.Context, to netip.AddrPort, fresh bool) (*net.TCPConn, error) {
+	dialer := net.Dialer{Timeout: dialTimeout, KeepAlive: -1}
+	if fresh && f.sockets.costly() {
+		// Rather than look for it: a listener of the sandbox's own answers.
+		if own, err := dialer.DialContext(ctx, "tcp", to.String()); err == nil {
+			f.lookSoon()
+			return own.(*net.TCPConn), nil
+		}
+		fresh = false
+	}
+	path, err := f.path(to, fresh)
+	if err != nil {
+		return nil, err
+	}
+	inner, err := dialer.DialContext(ctx, "tcp", path.String())
+	if err != nil {
+		f.lookSoon() // the listener may be gone
+		return nil, err
+	}
+	return inner.(*net.TCPConn), nil
 }
 
 var errNoListener = errors.New("nothing listens there")

@@ -18,6 +18,8 @@ type exposer interface {
 	// expose takes connections to exactly these addresses. It says whether that
 	// was done: if not, also without an error, it is to be asked again.
 	expose(paths map[netip.AddrPort]netip.AddrPort) (done bool, err error)
+	// intact says whether what expose did lasts. It may be asked with each look.
+	intact() bool
 	// own lists the addresses on which the exposer itself listens.
 	own() []netip.AddrPort
 	// stop ends the taking of connections, close all else.
@@ -25,8 +27,8 @@ type exposer interface {
 	close()
 }
 
-// server forwards a connection to an outside address; fresh says that where it
-// goes must be looked up anew.
+// server forwards a connection to an outside address; fresh says that the sandbox
+// may have come to listen there itself.
 type server func(ctx context.Context, conn *net.TCPConn, to netip.AddrPort, fresh bool)
 
 // accept hands over connections until the listener is closed.
@@ -103,6 +105,8 @@ func share(_, _ string, conn syscall.RawConn) error {
 	})
 	return errors.Join(err, failed)
 }
+
+func (e *listening) intact() bool { return true }
 
 func (e *listening) own() []netip.AddrPort {
 	own := make([]netip.AddrPort, 0, len(e.open))

@@ -32,6 +32,7 @@ func (c *counted) close()       {}
 type exposesNothing struct{}
 
 func (exposesNothing) expose(map[netip.AddrPort]netip.AddrPort) (bool, error) { return true, nil }
+func (exposesNothing) intact() bool                                           { return true }
 func (exposesNothing) own() []netip.AddrPort                                  { return nil }
 func (exposesNothing) stop()                                                  {}
 func (exposesNothing) close()                                                 {}
