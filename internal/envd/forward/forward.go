@@ -21,7 +21,7 @@ import (
 const (
 	// interval between two looks at what listens. Together with what a look and
 	// its consequences take it has to stay below 100 ms.
-	interval = 50 * time.Millisecond
+	interval = 75 * time.Millisecond
 	// restPerSocket stretches the interval where many sockets have to be looked at
 	// to find those that listen, which bounds the looking's share of a processor:
 	// gVisor shows listeners only together with all connections.

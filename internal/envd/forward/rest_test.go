@@ -82,3 +82,40 @@ func TestChildlessTellsWhetherThereAreChildren(t *testing.T) {
 		t.Error("there are children, says Childless, after the last")
 	}
 }
+
+// losing exposes until somebody takes all away.
+type losing struct {
+	exposesNothing
+	lost    atomic.Bool
+	exposed chan struct{}
+}
+
+func (l *losing) intact() bool { return !l.lost.Load() }
+
+func (l *losing) expose(map[netip.AddrPort]netip.AddrPort) (bool, error) {
+	l.lost.Store(false)
+	l.exposed <- struct{}{}
+	return true, nil
+}
+
+func TestWhatIsLostIsExposedAgainWithTheNextLook(t *testing.T) {
+	l := &losing{exposed: make(chan struct{}, 100)}
+	f := New(Config{Log: slog.New(slog.DiscardHandler)})
+	f.open = func() (sockets, error) { return &counted{}, nil }
+	f.expose = func(context.Context) (exposer, error) { return l, nil }
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		f.Run(ctx, 0)
+	}()
+	<-l.exposed
+	l.lost.Store(true)
+	started := time.Now()
+	<-l.exposed
+	if took := time.Since(started); took >= addressLife {
+		t.Errorf("only after %v, as if nothing had happened", took)
+	}
+	cancel()
+	<-ended
+}
