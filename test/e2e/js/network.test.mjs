@@ -38,20 +38,58 @@ describe('a server in the sandbox', () => {
     })
   }
 
-  it('may listen on all addresses right after it listened on the loopback', async () => {
-    const rebind = `
-import socket
-for i in range(200):
-    for host in '127.0.0.1', '0.0.0.0':
-        s = socket.socket()
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((host, 8003))
-        s.listen()
-        if i % 50 == 0 and host == '127.0.0.1': __import__('time').sleep(0.2)  # is forwarded by then
-        s.close()
+  for (const reuse of [true, false]) {
+    it(`may listen where it likes beside and after a listener on the loopback, ${reuse ? 'with' : 'without'} SO_REUSEADDR`, async () => {
+      const rebind = `
+import socket, time
+def listen(host):
+    s = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, ${Number(reuse)})
+    s.bind((host, 8003))
+    s.listen()
+    return s
+outside = [l.split()[0] for l in open('/etc/hosts') if socket.gethostname() in l.split()][0]
+for i in range(100):
+    for host in '0.0.0.0', outside, '::':
+        loopback = listen('127.0.0.1')
+        if i % 25 == 0: time.sleep(0.2)  # is forwarded by then
+        if host == outside: listen(host).close()
+        loopback.close()
+        listen(host).close()
 `
-    await sandbox.files.write('rebind.py', rebind)
-    assert.equal((await sandbox.commands.run('python3 rebind.py')).exitCode, 0)
+      await sandbox.files.write('rebind.py', rebind)
+      assert.equal((await sandbox.commands.run('python3 rebind.py')).exitCode, 0)
+    })
+  }
+
+  it('goes before one on the loopback when it listens on the outside address', async () => {
+    const serve = (host, text) => sandbox.commands.run(`exec python3 -c '
+import socketserver, http.server
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"${text}")
+socketserver.TCPServer(("${host}", 8004), Answer).serve_forever()'`, { background: true, timeoutMs: 0 })
+    const answers = (text) => eventually(text, async () => (await (await fetch(origin(sandbox, 8004))).text()) === text, 5000)
+    const loopback = await serve('127.0.0.1', 'loopback')
+    loopback.wait().catch(() => {})
+    await answers('loopback')
+    const outside = (await sandbox.commands.run('getent ahostsv4 $(hostname) | cut -d" " -f1 | head -1')).stdout.trim()
+    const own = await serve(outside, 'own')
+    own.wait().catch(() => {})
+    await answers('own')
+    for (let i = 0; i < 20; i++) assert.equal(await (await fetch(origin(sandbox, 8004))).text(), 'own')
+    await own.kill()
+    await answers('loopback')
+    await loopback.kill()
+  })
+
+  it('cannot change the rules by which ports are forwarded', async () => {
+    for (const user of ['user', 'root']) {
+      const { stdout } = await sandbox.commands.run('cat /proc/self/status; sudo cat /proc/self/status', { user })
+      const sets = [...stdout.matchAll(/^Cap\w+:\s+(\w+)$/gm)]
+      assert.equal(sets.length, 10)
+      for (const [line, set] of sets) assert.equal(BigInt(`0x${set}`) >> 12n & 1n, 0n, `CAP_NET_ADMIN as ${user}: ${line}`)
+    }
   })
 
   it('redirects without leaving the public name', async () => {
