@@ -157,7 +157,7 @@ func (a *Agent) routes() http.Handler {
 	// the host next door, and the sandbox's processors are its user's.
 	options := connect.WithCompressMinBytes(math.MaxInt)
 	path, processes := processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options)
-	guarded.Handle(path, a.wakeForwarder(processes))
+	guarded.Handle(path, a.wakeForwarder(process.BatchFlushes(processes)))
 	guarded.Handle(filesystemconnect.NewFilesystemHandler(a.watches, options))
 	open.Handle("/", a.requireToken(guarded))
 	return a.reclaimer.After(allowOrigins(withUser(open)))

@@ -71,13 +71,12 @@ func (r *Ring) add(e Entry) error {
 	}
 	r.entries = append(r.entries, stored{at: at, json: data})
 	r.size += len(data)
-	drop := 0
-	for r.size > r.limit && drop < len(r.entries)-1 {
-		r.size -= len(r.entries[drop].json)
-		drop++
-	}
-	if drop > 0 {
-		r.entries = slices.Delete(r.entries, 0, drop)
+	// Dropped by moving the start: moving the rest would cost every entry of a
+	// full ring a copy of all the others.
+	for r.size > r.limit && len(r.entries) > 1 {
+		r.size -= len(r.entries[0].json)
+		r.entries[0] = stored{}
+		r.entries = r.entries[1:]
 	}
 	return nil
 }

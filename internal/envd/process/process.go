@@ -78,12 +78,14 @@ func (p *Process) supervise(exited <-chan syscall.WaitStatus, ended func(End)) {
 // block on a full pipe nor die of a closed one.
 func (p *Process) pump(s *stream) {
 	defer s.file.Close()
-	buf := make([]byte, maxChunk)
 	for {
-		n, err := s.read(buf)
+		buf, n, err := s.read()
 		if n > 0 {
 			p.out.write(s.kind, buf[:n])
 			s.delivered.Add(int64(n))
+		}
+		if buf != nil {
+			chunks.Put(buf)
 		}
 		if err != nil { // EOF; EIO from a terminal that everybody has closed
 			s.eof.Store(true)
@@ -98,31 +100,42 @@ func (p *Process) pump(s *stream) {
 	}
 }
 
-// read waits for output and reads some.
-func (s *stream) read(buf []byte) (n int, err error) {
+// chunks are buffers for output. A process that says nothing holds none.
+var chunks = sync.Pool{New: func() any { return new([maxChunk]byte) }}
+
+// read waits for output and reads some, into a buffer that the caller puts back.
+func (s *stream) read() (buf *[maxChunk]byte, n int, err error) {
 	conn, err := s.file.SyscallConn()
 	if err != nil {
-		return 0, err
+		return nil, 0, err
 	}
 	waitErr := conn.Read(func(fd uintptr) bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		n, err = readNow(int(fd), buf)
+		if buf == nil {
+			buf = chunks.Get().(*[maxChunk]byte)
+		}
+		n, err = readNow(int(fd), buf[:])
 		if errors.Is(err, unix.EIO) {
 			// Linux looks for output first and whether the terminal is closed
 			// then: what was written and closed in between is still there.
-			n, err = readNow(int(fd), buf)
+			n, err = readNow(int(fd), buf[:])
 		}
 		s.taken += int64(max(n, 0))
-		return !errors.Is(err, unix.EAGAIN)
+		if errors.Is(err, unix.EAGAIN) {
+			chunks.Put(buf)
+			buf = nil
+			return false
+		}
+		return true
 	})
 	switch {
 	case err == nil && waitErr != nil:
-		return 0, waitErr
+		return buf, 0, waitErr
 	case err == nil && n == 0:
-		return 0, io.EOF
+		return buf, 0, io.EOF
 	}
-	return max(n, 0), err
+	return buf, max(n, 0), err
 }
 
 func readNow(fd int, buf []byte) (n int, err error) {

@@ -95,6 +95,9 @@ func (s *Service) follow(ctx context.Context, r *reader, first *rpc.ProcessEvent
 			silent.Reset(interval)
 			continue
 		}
+		if err := flush(ctx); err != nil {
+			return err
+		}
 		select {
 		case <-r.wake:
 		case <-silent.C:

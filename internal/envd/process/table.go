@@ -1,7 +1,6 @@
 package process
 
 import (
-	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -77,11 +76,7 @@ func (t *table) expire() {
 	t.ended = slices.DeleteFunc(t.ended, func(e *entry) bool { return !e.expires.After(now) })
 	if len(t.ended) > 0 {
 		time.AfterFunc(t.ended[0].expires.Sub(now), t.expire)
-		return
 	}
-	// A while without commands: what the last ones left as garbage goes back to
-	// the system, which may hold hundreds of idle sandboxes.
-	go debug.FreeOSMemory()
 }
 
 // running returns the live processes, by pid.
