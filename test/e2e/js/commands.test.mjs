@@ -137,7 +137,8 @@ describe('terminal', () => {
   it('passes Ctrl-C on', async () => {
     const out = new Transcript()
     const pty = await sandbox.pty.create({ cols: 80, rows: 24, onData: out.add, timeoutMs: 0 })
-    await type(pty.pid, 'echo begin-$((1 + 1)); sleep 600\n')
+    // Said by what Ctrl-C is to end: the shell itself would say it before it is there.
+    await type(pty.pid, "sh -c 'echo begin-$((1 + 1)); exec sleep 600'\n")
     await out.has('begin-2')
     await type(pty.pid, '\u0003')
     await type(pty.pid, 'echo after-$((2 + 2))\n')
