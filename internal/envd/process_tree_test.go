@@ -69,28 +69,32 @@ func TestKillEndsAForkBombThatLeftItsSession(t *testing.T) {
 	withAndWithoutGroups(t, func(t *testing.T, a *realAgent, _ string) {
 		// Whatever becomes of the test, the bomb ends with the directory.
 		mark := t.TempDir()
-		// Generations of processes, each orphaned by the last, 40 at a time.
-		script := `setsid bash -c 'f() { sleep 0.01; [ -e $1 ] && (f $1 &) ; }; for i in $(seq 40); do (f ` + mark + ` &); done; echo up; exec sleep 1000' ` + mark + ` & wait`
+		// Generations of processes, each orphaned by the last and leaving a byte, 40
+		// at a time.
+		script := `setsid bash -c 'f() { printf . >>$1/born; sleep 0.01; [ -e $1 ] && (f $1 &) ; }; for i in $(seq 40); do (f ` + mark + ` &); done; exec sleep 1000' ` + mark + ` & wait`
 		s, n := start(t.Context(), t, a.processes(), bash(script))
-		for s.Receive() && s.Msg().GetEvent().GetData() == nil {
-			continue
-		}
-		bombs := func() int {
-			count := 0
-			files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-			for _, f := range files {
-				if data, err := os.ReadFile(f); err == nil && strings.Contains(string(data), mark) {
-					count++
-				}
+		born := func() int64 {
+			info, err := os.Stat(filepath.Join(mark, "born"))
+			if err != nil {
+				return 0
 			}
-			return count
+			return info.Size()
 		}
-		eventually(t, "the bomb is on", func() bool { return bombs() > 20 })
+		eventually(t, "the bomb is on", func() bool { return born() > 200 })
 		kill(t, a.processes(), n)
 		for s.Receive() {
 			continue
 		}
-		eventually(t, "the bomb is off", func() bool { return bombs() == 0 })
+		eventually(t, "the bomb is off", func() bool {
+			before := born()
+			files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+			for _, f := range files {
+				if data, err := os.ReadFile(f); err == nil && strings.Contains(string(data), mark) {
+					return false
+				}
+			}
+			return born() == before
+		})
 	})
 }
 
