@@ -13,6 +13,10 @@ import (
 // while it killed others.
 const maxKillPasses = 1000
 
+// maxUnsurePasses bounds how often it looks again only because a process ended
+// while it looked, which on a busy system is always so.
+const maxUnsurePasses = 20
+
 // relatives says where a process stands among others.
 type relatives struct {
 	pid, parent, group, session int
@@ -23,60 +27,77 @@ type relatives struct {
 // family is a child and what it has started, as far as can be seen.
 type family struct {
 	members, groups, sessions map[int]bool
+	ended                     map[int]bool // members that were seen dead
+	others                    map[int]bool // the agent's other children
 	agent                     relatives
 }
 
 // killTree kills a child and all that it has started, where no cgroup does. It
 // finds them by descent, process group and session: a process that was left by its
 // parent is where its ancestors were, unless it made a session of its own since
-// the last look. It is called with mu held, so the child is not reaped.
+// the last look. Looking takes time, in which a fork bomb's whole generation may
+// have gone: so it kills what it knows on sight, and has ended only when nobody
+// was found and nobody vanished while it looked. It is called with mu held, so the
+// child is not reaped.
 func (r *Reaper) killTree(root int) error {
-	f := family{members: map[int]bool{root: true}, groups: map[int]bool{root: true}, sessions: map[int]bool{}}
+	f := family{members: map[int]bool{root: true}, groups: map[int]bool{root: true}, sessions: map[int]bool{},
+		others: make(map[int]bool), ended: make(map[int]bool)}
 	var ok bool
 	if f.agent, ok = lookAt(os.Getpid()); !ok { // no /proc
 		return syscall.Kill(-root, syscall.SIGKILL)
 	}
+	for pid := range r.children {
+		f.others[pid] = pid != root
+	}
+	unsure := 0
 	for range maxKillPasses {
-		killed := false
-		for _, p := range r.find(&f) {
-			if !p.dead && p.pid != root {
-				killed = killMember(p) || killed
-			}
-		}
+		f.grow()
+		found, vanished := f.kill(root)
 		// Last, so that its children can be told from orphans before.
 		if err := syscall.Kill(-root, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
 			return err
 		}
-		if !killed {
+		if found {
+			unsure = 0
+			continue
+		}
+		if unsure++; !vanished || unsure > maxUnsurePasses {
 			break
 		}
 	}
 	return nil
 }
 
-// find returns who belongs to the family, and adds them to it. Other children of
-// the agent and what they started do not.
-func (r *Reaper) find(f *family) []relatives {
-	all := processes()
-	var found []relatives
+// has reports whether p belongs to the family. Other children of the agent and
+// what they started do not.
+func (f *family) has(p relatives) bool {
+	return p.pid != f.agent.pid && !f.others[p.pid] &&
+		(f.members[p.pid] || f.members[p.parent] || f.groups[p.group] || f.sessions[p.session])
+}
+
+func (f *family) add(p relatives) {
+	f.members[p.pid] = true
+	// Not where others are too: the agent, or another child.
+	if p.group != f.agent.group && !f.others[p.group] {
+		f.groups[p.group] = true
+	}
+	if p.session != f.agent.session && !f.others[p.session] {
+		f.sessions[p.session] = true
+	}
+}
+
+// grow adds to the family who belongs to it, in whatever order they are listed.
+func (f *family) grow() {
+	var all []relatives
+	eachProcess(func(p relatives) { all = append(all, p) })
 	seen := make(map[int]bool)
 	for again := true; again; {
 		again = false
 		for _, p := range all {
-			if seen[p.pid] || p.pid == f.agent.pid || r.children[p.pid] != nil && !f.members[p.pid] ||
-				!f.members[p.pid] && !f.members[p.parent] && !f.groups[p.group] && !f.sessions[p.session] {
-				continue
+			if !seen[p.pid] && f.has(p) {
+				seen[p.pid], again = true, true
+				f.add(p)
 			}
-			seen[p.pid], again = true, true
-			f.members[p.pid] = true
-			// Not where others are too: the agent, or another child.
-			if p.group != f.agent.group && (r.children[p.group] == nil || f.members[p.group]) {
-				f.groups[p.group] = true
-			}
-			if p.session != f.agent.session && (r.children[p.session] == nil || f.members[p.session]) {
-				f.sessions[p.session] = true
-			}
-			found = append(found, p)
 		}
 	}
 	// A number may be another's at the next look. Groups and sessions last as long
@@ -86,7 +107,26 @@ func (r *Reaper) find(f *family) []relatives {
 			delete(f.members, pid)
 		}
 	}
-	return found
+}
+
+// kill kills the members but root, each as soon as it is seen. It reports whether
+// there were any, and whether a process, of the family or not, ended meanwhile.
+func (f *family) kill(root int) (found, vanished bool) {
+	vanished = eachProcess(func(p relatives) {
+		if !f.has(p) {
+			return
+		}
+		f.add(p)
+		switch {
+		case p.pid == root:
+		case !p.dead:
+			found = killMember(p) || found
+		case !f.ended[p.pid]:
+			f.ended[p.pid] = true // it may have forked just before
+			found = true
+		}
+	})
+	return found, vanished
 }
 
 // killMember kills p unless the number is another process's by now.
@@ -103,23 +143,27 @@ func killMember(p relatives) bool {
 	return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil
 }
 
-// processes lists all processes that can be seen.
-func processes() []relatives {
+// eachProcess shows every process that can be seen. It reports whether one was
+// gone before its turn.
+func eachProcess(show func(relatives)) (vanished bool) {
 	dir, err := os.Open("/proc")
 	if err != nil {
-		return nil
+		return false
 	}
 	defer dir.Close()
 	names, _ := dir.Readdirnames(-1)
-	var all []relatives
 	for _, name := range names {
-		if pid, err := strconv.Atoi(name); err == nil {
-			if p, ok := lookAt(pid); ok {
-				all = append(all, p)
-			}
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		if p, ok := lookAt(pid); ok {
+			show(p)
+		} else {
+			vanished = true
 		}
 	}
-	return all
+	return vanished
 }
 
 func lookAt(pid int) (relatives, bool) {
