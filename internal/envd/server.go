@@ -156,7 +156,7 @@ func (a *Agent) routes() http.Handler {
 	// Messages may come compressed, but answers are not: they go over a link to
 	// the host next door, and the sandbox's processors are its user's.
 	options := connect.WithCompressMinBytes(math.MaxInt)
-	path, processes := processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options)
+	path, processes := processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options, process.WithJSON())
 	guarded.Handle(path, a.wakeForwarder(process.BatchFlushes(processes)))
 	guarded.Handle(filesystemconnect.NewFilesystemHandler(a.watches, options))
 	open.Handle("/", a.requireToken(guarded))
