@@ -170,15 +170,16 @@ func TestEveryInitBringsRandomnessAndALifeOfItsOwn(t *testing.T) {
 
 func TestOnlyAnAgentThatAgreesIsPoweringOff(t *testing.T) {
 	for status, good := range map[int]bool{204: true, 200: false, 403: false, 404: false} {
-		c := impostor(t, func(w http.ResponseWriter, r *http.Request) {
-			if r.Method != http.MethodPost || r.URL.Path != "/poweroff" || r.Header.Get("X-Access-Token") != "token" {
-				t.Errorf("asked for %s %s", r.Method, r.URL)
+		t.Run(http.StatusText(status), func(t *testing.T) {
+			c := impostor(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.Method != http.MethodPost || r.URL.Path != "/poweroff" || r.Header.Get("X-Access-Token") != "token" {
+					t.Errorf("asked for %s %s", r.Method, r.URL)
+				}
+				w.WriteHeader(status)
+			})
+			if err := c.PowerOff(t.Context()); good != (err == nil) {
+				t.Errorf("got error %v", err)
 			}
-			w.WriteHeader(status)
 		})
-		if err := c.PowerOff(t.Context()); good != (err == nil) {
-			t.Errorf("status %d: %v", status, err)
-		}
-		c.Close()
 	}
 }
