@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -170,6 +171,35 @@ func TestTwoClientsSeeOneTerminal(t *testing.T) {
 		if !strings.Contains(r.pty.String(), "got me\r\n") {
 			t.Errorf("got %q", &r.pty)
 		}
+	}
+}
+
+func TestAProgramMayCloseItsTerminalAndOpenItAgain(t *testing.T) {
+	a := startAgent(t)
+	c := a.processes()
+	closed := filepath.Join(t.TempDir(), "closed")
+	s, id := start(t.Context(), t, c, onTerminal(`
+		exec </dev/null >/dev/null 2>&1; sleep 0.1; touch `+closed+`
+		exec </dev/tty >/dev/tty 2>&1; read x; echo got $x; exit 3`))
+	eventually(t, "the program goes on without its terminal", func() bool {
+		_, err := os.Stat(closed)
+		return err == nil
+	})
+	if _, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: ptyOf("me\n")}); err != nil {
+		t.Fatal(err)
+	}
+	r := &result{}
+	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
+	if !strings.Contains(r.pty.String(), "got me\r\n") || r.end.GetExitCode() != 3 {
+		t.Errorf("got %q and %v", &r.pty, r.end)
+	}
+}
+
+func TestOutputOfAChildThatOutlivesItsTerminalsShellIsDelivered(t *testing.T) {
+	a := startAgent(t)
+	r := run(t, a.processes(), onTerminal("trap '' HUP; (sleep 0.02; echo late) & echo early"))
+	if got := r.pty.String(); got != "early\r\nlate\r\n" {
+		t.Errorf("got %q", got)
 	}
 }
 

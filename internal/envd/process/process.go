@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -54,6 +55,7 @@ type stream struct {
 	taken     int64        // bytes read; guarded by mu
 	delivered atomic.Int64 // bytes given to the output
 	eof       atomic.Bool
+	ended     atomic.Bool // the process has
 }
 
 // supervise runs the process to its end: pumps its output, and records the end
@@ -63,6 +65,9 @@ func (p *Process) supervise(exited <-chan syscall.WaitStatus, ended func(End)) {
 		go p.pump(s)
 	}
 	status := <-exited
+	for _, s := range p.streams {
+		s.end()
+	}
 	p.drain()
 	end := endOf(status)
 	ended(end)
@@ -103,8 +108,26 @@ func (p *Process) pump(s *stream) {
 // chunks are buffers for output. A process that says nothing holds none.
 var chunks = sync.Pool{New: func() any { return new([maxChunk]byte) }}
 
+// end tells that the process has ended. Before that a terminal that nobody holds
+// is no end: the program has closed it, and may open it again.
+func (s *stream) end() {
+	s.ended.Store(true)
+	if s.kind == terminal {
+		s.file.SetReadDeadline(time.Unix(1, 0)) // in the past: read looks again
+	}
+}
+
 // read waits for output and reads some, into a buffer that the caller puts back.
 func (s *stream) read() (buf *[maxChunk]byte, n int, err error) {
+	buf, n, err = s.readOnce()
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		s.file.SetReadDeadline(time.Time{})
+		buf, n, err = s.readOnce()
+	}
+	return buf, n, err
+}
+
+func (s *stream) readOnce() (buf *[maxChunk]byte, n int, err error) {
 	conn, err := s.file.SyscallConn()
 	if err != nil {
 		return nil, 0, err
@@ -122,7 +145,7 @@ func (s *stream) read() (buf *[maxChunk]byte, n int, err error) {
 			n, err = readNow(int(fd), buf[:])
 		}
 		s.taken += int64(max(n, 0))
-		if errors.Is(err, unix.EAGAIN) {
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EIO) && !s.ended.Load() {
 			chunks.Put(buf)
 			buf = nil
 			return false
@@ -130,8 +153,8 @@ func (s *stream) read() (buf *[maxChunk]byte, n int, err error) {
 		return true
 	})
 	switch {
-	case err == nil && waitErr != nil:
-		return buf, 0, waitErr
+	case waitErr != nil:
+		return nil, 0, waitErr
 	case err == nil && n == 0:
 		return buf, 0, io.EOF
 	}
