@@ -167,6 +167,8 @@ func TestFileErrorsHaveTheirStatus(t *testing.T) {
 		{"unknown encoding", "POST", filesURL(dir + "/g"), []byte("x"), []string{"Content-Encoding", "br"}, 400},
 		{"multipart without boundary", "POST", "/files", []byte("x"), []string{"Content-Type", "multipart/form-data"}, 400},
 		{"multipart cut short", "POST", "/files", broken[:len(broken)-10], []string{"Content-Type", brokenType}, 400},
+		{"multipart without a part", "POST", filesURL(dir + "/g"), []byte("x"), []string{"Content-Type", brokenType}, 400},
+		{"multipart without an end", "POST", filesURL(dir + "/g2"), bytes.TrimSuffix(broken, []byte("--\r\n")), []string{"Content-Type", brokenType}, 400},
 		{"two files for one path", "POST", filesURL(dir + "/g2"), twice, []string{"Content-Type", twiceType}, 400},
 		{"a part without a name", "POST", "/files", nameless, []string{"Content-Type", namelessType}, 400},
 		{"metadata that is not ASCII", "POST", filesURL(dir + "/g"), []byte("x"), []string{"Content-Type", octets, "X-Metadata-A", "\xc3\xa9"}, 400},

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/wrenn/wrenn/internal/envd/access"
 )
 
@@ -65,7 +67,7 @@ func (h *Handler) download(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	// Files of /proc are regular and have content, but no size.
-	stored := info.Mode().IsRegular() && (info.Size() > 0 || partial(r.Header))
+	stored := info.Mode().IsRegular() && (info.Size() > 0 || partial(r.Header)) && !madeUp(f)
 	if useGzip && stored && accepted.identity() && !compressible(f, info.Size()) {
 		useGzip = false
 	}
@@ -76,21 +78,41 @@ func (h *Handler) download(w http.ResponseWriter, r *http.Request) error {
 		header.Set("ETag", etag(info))
 		http.ServeContent(w, r, path, info.ModTime(), f)
 	default:
-		sendStream(w, r, path, f)
+		return h.sendStream(w, r, path, f)
 	}
 	return nil
 }
 
+// madeUp reports whether the size of f is not that of its content: files of
+// /sys all have a page.
+func madeUp(f *os.File) bool {
+	var stat unix.Statfs_t
+	return unix.Fstatfs(int(f.Fd()), &stat) == nil && stat.Type == unix.SYSFS_MAGIC
+}
+
 // sendStream sends what has no size that could be told.
-func sendStream(w http.ResponseWriter, r *http.Request, path string, f *os.File) {
+func (h *Handler) sendStream(w http.ResponseWriter, r *http.Request, path string, f *os.File) error {
 	w.Header().Set("Content-Type", contentType(path))
 	if r.Method == http.MethodHead {
-		return
+		return nil
 	}
 	// A pipe without a word must not be waited for longer than the client does.
 	stop := context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	_, _ = io.Copy(w, f)
+	switch n, err := io.Copy(w, f); {
+	case err != nil && n == 0:
+		return err
+	case err != nil:
+		h.breakOff(path, err)
+	}
+	return nil
+}
+
+// breakOff ends an answer whose status is sent. Without its end the client sees
+// that it is not all.
+func (h *Handler) breakOff(path string, err error) {
+	h.log.Warn("file not sent completely", "path", path, "error", err)
+	panic(http.ErrAbortHandler)
 }
 
 // etag names the content: a file that is replaced is another one, and one that
@@ -122,9 +144,7 @@ func (h *Handler) sendGzip(w http.ResponseWriter, r *http.Request, path string, 
 	stop := context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	if _, err := io.Copy(zw, f); err != nil {
-		// The status is sent. Without its end the client sees that the stream broke.
-		h.log.Warn("file not sent completely", "path", path, "error", err)
-		panic(http.ErrAbortHandler)
+		h.breakOff(path, err)
 	}
 	_ = zw.Close()
 }

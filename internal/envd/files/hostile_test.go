@@ -81,6 +81,27 @@ func TestSpecialFilesNeverHangTheAgent(t *testing.T) {
 	}
 }
 
+func TestAFileThatCannotBeReadIsNoEmptyOne(t *testing.T) {
+	// There is nothing at address 0.
+	if w := call(t, handler().Download, "GET", at("/proc/self/mem"), nil); w.Code != 500 {
+		t.Errorf("got %d %s", w.Code, w.Body)
+	}
+}
+
+func TestASizeThatIsMadeUpIsNotPromised(t *testing.T) {
+	const path = "/sys/devices/system/cpu/possible"
+	want, err := os.ReadFile(path)
+	if info, statErr := os.Stat(path); err != nil || statErr != nil || info.Size() == int64(len(want)) {
+		t.Skipf("no file with such a size: %v", err)
+	}
+	for _, ranges := range []string{"", "bytes=0-1000"} {
+		w := call(t, handler().Download, "GET", at(path), nil, "Range", ranges)
+		if got := w.Header().Get("Content-Length"); w.Body.String() != string(want) || got != "" {
+			t.Errorf("got %q, said to be %s bytes", w.Body, got)
+		}
+	}
+}
+
 func TestADownloadWithoutEndEndsWithItsClient(t *testing.T) {
 	h, dir := handler(), t.TempDir()
 	if err := unix.Mkfifo(dir+"/silent", 0o666); err != nil {

@@ -97,7 +97,7 @@ func (h *Handler) uploadParts(parts *multipart.Reader, path string, u user.User,
 	entries := []written{}
 	for {
 		part, err := parts.NextPart()
-		if errors.Is(err, io.EOF) {
+		if err == io.EOF { //nolint:errorlint // a wrapped one is a form that does not end
 			return entries, nil
 		}
 		if err != nil {
