@@ -46,5 +46,6 @@ func makeDirs(path string, uid, gid int, made *[]string) error {
 		return err
 	}
 	*made = append(*made, path)
-	return os.Chown(path, uid, gid)
+	// Not what somebody may have put in its place.
+	return os.Lchown(path, uid, gid)
 }
