@@ -2,20 +2,16 @@ package envd_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"connectrpc.com/connect"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/wrenn/wrenn/api/proto/process"
 )
@@ -342,48 +338,6 @@ func TestAHugeInputIsExactAndClosingWaitsForIt(t *testing.T) {
 	}
 	_, err := c.SendInput(t.Context(), &process.SendInputRequest{Process: pid(id), Input: stdinOf("late")})
 	wantCode(t, err, connect.CodeNotFound, "process")
-}
-
-// Whoever wants to send the rest must be told where it begins.
-func TestInputCutByItsDeadlineSaysHowMuchWasWritten(t *testing.T) {
-	a := startAgent(t)
-	c := a.processes()
-	s, id := start(t.Context(), t, c, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "/bin/bash", Args: []string{"-c", "while [ ! -e $0 ]; do sleep 0.01; done; wc -c", t.TempDir() + "/go"}}})
-	message, err := protojson.Marshal(&process.SendInputRequest{Process: pid(id), Input: stdinOf(strings.Repeat("x", 1<<20))})
-	if err != nil {
-		t.Fatal(err)
-	}
-	status, header, body := a.call(t, "POST", "/process.Process/SendInput", message, "Content-Type", "application/json", "Connect-Timeout-Ms", "2000")
-	written, err := strconv.Atoi(header.Get("Wrenn-Input-Written"))
-	if status != http.StatusGatewayTimeout || err != nil || written < 1 || written >= 1<<20 {
-		t.Fatalf("got %d, %v, %s", status, header, body)
-	}
-	if text := fmt.Sprintf("wrote %d of %d bytes", written, 1<<20); !strings.Contains(string(body), text) || !strings.Contains(string(body), "deadline_exceeded") {
-		t.Errorf("got %s, want %q in it", body, text)
-	}
-	kill(t, c, id)
-	for s.Receive() {
-	}
-}
-
-func TestConnectsOwnDeadlineEndsOnlyItsStream(t *testing.T) {
-	c := startAgent(t).processes()
-	s, id := start(t.Context(), t, c, bash("sleep 0.6; echo still here"))
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
-	defer cancel()
-	at, err := attach(ctx, c, &process.ConnectRequest{Process: pid(id)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer at.Close()
-	for at.Receive() {
-	}
-	wantCode(t, at.Err(), connect.CodeDeadlineExceeded, "")
-	r := &result{}
-	drain(t, s, func() *process.ProcessEvent { return s.Msg().GetEvent() }, r)
-	if r.stdout.String() != "still here\n" || r.end.GetExitCode() != 0 {
-		t.Errorf("got %q and %v", &r.stdout, r.end)
-	}
 }
 
 func TestOutputPutsOffKeepalives(t *testing.T) {

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -269,26 +268,6 @@ func TestTheEndDoesNotWaitForBackgroundChildren(t *testing.T) {
 		_, err := os.Stat(dir + "/alive")
 		return err == nil
 	})
-}
-
-func TestTheDeadlineKillsTheProcessAlsoAfterTheClientLeft(t *testing.T) {
-	a := startAgent(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
-	defer cancel()
-	s, id := start(ctx, t, a.processes(), bash("sleep 100 & wait"))
-	for s.Receive() {
-		if s.Msg().GetEvent().GetEnd() != nil {
-			t.Error("the client saw the kill instead of the deadline")
-		}
-	}
-	wantCode(t, s.Err(), connect.CodeDeadlineExceeded, "")
-
-	ctx2, cancel2 := context.WithTimeout(t.Context(), 400*time.Millisecond)
-	_, id2 := start(ctx2, t, a.processes(), bash("sleep 100 & wait"))
-	cancel2()
-	for _, id := range []uint32{id, id2} {
-		eventually(t, "the process group is gone", func() bool { return syscall.Kill(-int(id), 0) == syscall.ESRCH })
-	}
 }
 
 func TestALateConnectGetsTheEnd(t *testing.T) {

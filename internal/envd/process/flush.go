@@ -3,7 +3,12 @@ package process
 import (
 	"context"
 	"net/http"
+	"time"
 )
+
+// lastWords is how long after a stream's deadline its client can still take what
+// is under way, and the error that ends it.
+const lastWords = 2 * time.Second
 
 type flushKey struct{}
 
@@ -24,6 +29,16 @@ func flush(ctx context.Context) error {
 		return nil // every event has left already
 	}
 	return controller.Flush()
+}
+
+// limitWrites breaks a stream that has a deadline off soon after it. Else a client
+// that reads nothing would keep it in a write, and hold the process up, for good.
+func limitWrites(ctx context.Context) {
+	deadline, ok := ctx.Deadline()
+	controller, _ := ctx.Value(flushKey{}).(*http.ResponseController)
+	if ok && controller != nil {
+		_ = controller.SetWriteDeadline(deadline.Add(lastWords))
+	}
 }
 
 // unflushed ignores the flush after each event.

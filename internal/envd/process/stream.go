@@ -69,6 +69,7 @@ func (s *Service) follow(ctx context.Context, r *reader, first *rpc.ProcessEvent
 	if info, ok := connect.CallInfoForHandlerContext(ctx); ok {
 		info.ResponseHeader().Set(offsetHeader, strconv.FormatInt(r.start, 10))
 	}
+	limitWrites(ctx)
 	if err := send(first); err != nil {
 		return err
 	}
@@ -138,8 +139,9 @@ func (s *Service) SendInput(ctx context.Context, req *rpc.SendInputRequest) (*rp
 	if err != nil {
 		return nil, err
 	}
-	if err := e.send(ctx, req.GetInput(), new(inputCount)); err != nil {
-		return nil, err
+	var written inputCount
+	if err := e.send(ctx, req.GetInput(), &written); err != nil {
+		return nil, written.tell(err)
 	}
 	return &rpc.SendInputResponse{}, nil
 }
@@ -147,32 +149,36 @@ func (s *Service) SendInput(ctx context.Context, req *rpc.SendInputRequest) (*rp
 // StreamInput writes a stream of chunks to one process. An error says how much of
 // them all was written.
 func (s *Service) StreamInput(ctx context.Context, stream *connect.ClientStream[rpc.StreamInputRequest]) (*rpc.StreamInputResponse, error) {
-	var e *entry
 	var written inputCount
+	if err := s.streamInput(ctx, stream, &written); err != nil {
+		return nil, written.tell(err)
+	}
+	return &rpc.StreamInputResponse{}, nil
+}
+
+func (s *Service) streamInput(ctx context.Context, stream *connect.ClientStream[rpc.StreamInputRequest], written *inputCount) error {
+	var e *entry
 	for stream.Receive() {
 		switch event := stream.Msg().GetEvent().(type) {
 		case *rpc.StreamInputRequest_Start:
 			found, err := s.find(event.Start.GetProcess(), false)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			e = found
 		case *rpc.StreamInputRequest_Data:
 			if e == nil {
-				return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the first event must be start"))
+				return connect.NewError(connect.CodeInvalidArgument, errors.New("the first event must be start"))
 			}
-			if err := e.send(ctx, event.Data.GetInput(), &written); err != nil {
-				return nil, err
+			if err := e.send(ctx, event.Data.GetInput(), written); err != nil {
+				return err
 			}
 		case *rpc.StreamInputRequest_Keepalive:
 		default:
-			return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("event of unknown type"))
+			return connect.NewError(connect.CodeInvalidArgument, errors.New("event of unknown type"))
 		}
 	}
-	if err := stream.Err(); err != nil {
-		return nil, err
-	}
-	return &rpc.StreamInputResponse{}, nil
+	return stream.Err()
 }
 
 // CloseStdin gives the process end of file.
@@ -196,6 +202,15 @@ func (s *Service) CloseStdin(ctx context.Context, req *rpc.CloseStdinRequest) (*
 // inputCount counts the bytes that a call has given to a process, of those it was
 // to give so far.
 type inputCount struct{ written, wanted int }
+
+// tell adds the count to the error that ends the call: whoever sends the rest must
+// know where it begins, or it comes twice.
+func (c *inputCount) tell(err error) error {
+	if failure := (*connect.Error)(nil); errors.As(err, &failure) {
+		failure.Meta().Set(inputHeader, strconv.Itoa(c.written))
+	}
+	return err
+}
 
 func (e *entry) send(ctx context.Context, in *rpc.ProcessInput, count *inputCount) error {
 	var data []byte
@@ -222,10 +237,7 @@ func (e *entry) send(ctx context.Context, in *rpc.ProcessInput, count *inputCoun
 	if err == nil {
 		return nil
 	}
-	// Whoever sends the rest must know where it begins, or it comes twice.
-	failure := inputError(fmt.Errorf("wrote %d of %d bytes: %w", count.written, count.wanted, err))
-	failure.Meta().Set(inputHeader, strconv.Itoa(count.written))
-	return failure
+	return inputError(fmt.Errorf("wrote %d of %d bytes: %w", count.written, count.wanted, err))
 }
 
 // inputError gives an error of an input its code.

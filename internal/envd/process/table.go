@@ -23,12 +23,14 @@ type entry struct {
 	config *rpc.ProcessConfig
 	tag    *string
 
+	number  uint64    // the younger, the higher; pids begin anew at some point
 	expires time.Time // once it has ended: when it is forgotten
 }
 
 // table finds processes by what clients call them.
 type table struct {
 	mu    sync.Mutex
+	last  uint64 // number of the youngest entry
 	live  map[uint32]*entry
 	ended []*entry // oldest first
 }
@@ -39,6 +41,8 @@ func (t *table) add(e *entry) {
 	if t.live == nil {
 		t.live = make(map[uint32]*entry)
 	}
+	t.last++
+	e.number = t.last
 	t.live[uint32(e.pid)] = e
 }
 
@@ -105,7 +109,7 @@ func (t *table) find(s *rpc.ProcessSelector, ended bool) *entry {
 	}
 	var found *entry
 	for _, e := range t.live {
-		if matches(e) && (found == nil || e.pid > found.pid) {
+		if matches(e) && (found == nil || e.number > found.number) {
 			found = e
 		}
 	}

@@ -63,6 +63,28 @@ func TestEndedProcessesAreKeptForAWhileAndNotTooMany(t *testing.T) {
 	})
 }
 
+func TestOfSeveralProcessesWithOneTagTheYoungestIsMeant(t *testing.T) {
+	var tab table
+	tag := "x"
+	add := func(pid int) *entry {
+		e := &entry{Process: &Process{pid: pid, out: newOutput()}, tag: &tag}
+		tab.add(e)
+		return e
+	}
+	find := func() *entry {
+		return tab.find(&rpc.ProcessSelector{Selector: &rpc.ProcessSelector_Tag{Tag: tag}}, true)
+	}
+	older := add(32_000)
+	younger := add(300) // the kernel's numbers begin anew
+	if find() != younger {
+		t.Error("an older one was found")
+	}
+	tab.retire(younger)
+	if find() != older {
+		t.Error("want the one that lives still")
+	}
+}
+
 func TestOutputGivesWayOnlyWhenNobodyReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOutput()
