@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -43,11 +44,14 @@ type change struct {
 // goroutine; only Close may come from another.
 type watch struct {
 	file      *os.File
-	fd        int
+	conn      syscall.RawConn // of file
 	root      string
+	rootID    int32 // its watch descriptor
 	recursive bool
 	dirs      map[int32]string // by watch descriptor
 
+	// arrived is where the last event moved something to.
+	arrived string
 	// announced holds what was found by looking into a new directory while
 	// events from before may wait still: one of its creation is then no news.
 	announced map[string]struct{}
@@ -63,10 +67,14 @@ func newWatch(ctx context.Context, root string, recursive bool) (*watch, error) 
 		return nil, fmt.Errorf("start watching: %w", err)
 	}
 	w := &watch{
-		file: os.NewFile(uintptr(fd), "inotify"), fd: fd, root: root, recursive: recursive,
+		file: os.NewFile(uintptr(fd), "inotify"), root: root, recursive: recursive,
 		dirs: make(map[int32]string), announced: make(map[string]struct{}),
 	}
-	if err := w.add(root, 0); err != nil {
+	if w.conn, err = w.file.SyscallConn(); err != nil {
+		w.Close()
+		return nil, fmt.Errorf("start watching: %w", err)
+	}
+	if w.rootID, err = w.add(root, 0); err != nil {
 		w.Close()
 		return nil, err
 	}
@@ -99,7 +107,9 @@ func (w *watch) run(ctx context.Context, emit func(change) error) error {
 		err = parseEvents(buf[:n], func(wd int32, mask uint32, name string) error {
 			return w.handle(ctx, wd, mask, name, emit)
 		})
-		if err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		} else if err != nil {
 			return err
 		}
 	}
@@ -107,11 +117,7 @@ func (w *watch) run(ctx context.Context, emit func(change) error) error {
 
 // read waits for events.
 func (w *watch) read(buf []byte) (n int, err error) {
-	conn, err := w.file.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	waitErr := conn.Read(func(fd uintptr) bool {
+	waitErr := w.conn.Read(func(fd uintptr) bool {
 		for {
 			n, err = unix.Read(int(fd), buf)
 			switch {
@@ -158,7 +164,7 @@ func (w *watch) handle(ctx context.Context, wd int32, mask uint32, name string, 
 		return errOverflow
 	}
 	dir, known := w.dirs[wd]
-	if known && dir == w.root && mask&(unix.IN_UNMOUNT|unix.IN_DELETE_SELF|unix.IN_MOVE_SELF) != 0 {
+	if wd == w.rootID && mask&(unix.IN_UNMOUNT|unix.IN_DELETE_SELF|unix.IN_MOVE_SELF) != 0 {
 		return w.rootGone(mask, emit)
 	}
 	if mask&unix.IN_IGNORED != 0 {
@@ -172,6 +178,13 @@ func (w *watch) handle(ctx context.Context, wd int32, mask uint32, name string, 
 		return nil // its parent is watched too and tells the same
 	}
 	path := filepath.Join(dir, name)
+	// Two names that are swapped are told of as two moves, and the second one's
+	// start takes nothing away of what the first one has brought.
+	swapped := mask&unix.IN_MOVED_FROM != 0 && path == w.arrived
+	w.arrived = ""
+	if mask&unix.IN_MOVED_TO != 0 {
+		w.arrived = path
+	}
 	if mask&(unix.IN_MODIFY|unix.IN_ATTRIB) != 0 && atomicfile.IsNameless(path) {
 		return nil
 	}
@@ -199,7 +212,26 @@ func (w *watch) handle(ctx context.Context, wd int32, mask uint32, name string, 
 			}
 		}
 	}
+	if swapped {
+		return w.stillThere(ctx, path, emit)
+	}
 	return nil
+}
+
+// stillThere tells of what is at path although an event says that it was moved
+// away.
+func (w *watch) stillThere(ctx context.Context, path string, emit func(change) error) error {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return ignoreUnreachable(err)
+	}
+	mask := uint32(unix.IN_MOVED_TO)
+	if info.IsDir() {
+		mask |= unix.IN_ISDIR
+	}
+	err = w.created(ctx, path, mask, emit)
+	w.announced[path] = struct{}{} // should it be new, and not what had been swapped
+	return err
 }
 
 // rootGone tells the last event: no others can come, and what is at the path
@@ -227,11 +259,22 @@ func (w *watch) created(ctx context.Context, path string, mask uint32, emit func
 	if mask&unix.IN_ISDIR == 0 || !w.recursive {
 		return nil
 	}
-	if err := w.add(path, unix.IN_DONT_FOLLOW); err != nil {
-		return ignoreUnreachable(err)
+	_, err := w.add(path, unix.IN_DONT_FOLLOW)
+	if err == nil {
+		// What was made in it before it was watched gave no events.
+		err = w.addBelow(ctx, path, emit)
 	}
-	// What was made in it before it was watched gave no events.
-	return w.addBelow(ctx, path, emit)
+	if err = ignoreUnreachable(err); err != nil {
+		return err
+	}
+	// If a directory above the root was moved the path led nowhere or elsewhere,
+	// of which there is no event.
+	if id, err := w.add(w.root, 0); err != nil && ignoreUnreachable(err) != nil {
+		return err
+	} else if err != nil || id != w.rootID {
+		return w.rootGone(unix.IN_MOVE_SELF, emit)
+	}
+	return nil
 }
 
 // addBelow watches the directories below dir. With emit it reports everything it
@@ -257,7 +300,7 @@ func (w *watch) addBelow(ctx context.Context, dir string, emit func(change) erro
 		if !child.IsDir() {
 			continue
 		}
-		if err := w.add(path, unix.IN_DONT_FOLLOW); err != nil {
+		if _, err := w.add(path, unix.IN_DONT_FOLLOW); err != nil {
 			if ignoreUnreachable(err) == nil {
 				continue
 			}
@@ -284,15 +327,21 @@ func (w *watch) announce(path string, child fs.DirEntry, emit func(change) error
 	return nil
 }
 
-func (w *watch) add(dir string, flags uint32) error {
-	wd, err := unix.InotifyAddWatch(w.fd, dir, watchMask|flags)
-	if errors.Is(err, unix.ENOSPC) {
-		return errLimit
-	} else if err != nil {
-		return &fs.PathError{Op: "watch", Path: dir, Err: err}
+// add watches dir. The descriptor it returns is the same for the same directory.
+func (w *watch) add(dir string, flags uint32) (id int32, err error) {
+	closed := w.conn.Control(func(fd uintptr) {
+		var wd int
+		wd, err = unix.InotifyAddWatch(int(fd), dir, watchMask|flags)
+		id = int32(wd)
+	})
+	switch err = errors.Join(closed, err); {
+	case errors.Is(err, unix.ENOSPC):
+		return 0, errLimit
+	case err != nil:
+		return 0, &fs.PathError{Op: "watch", Path: dir, Err: err}
 	}
-	w.dirs[int32(wd)] = dir
-	return nil
+	w.dirs[id] = dir
+	return id, nil
 }
 
 // forget takes back that path was announced. When it is a directory that was
@@ -314,7 +363,8 @@ func (w *watch) forget(path string, mask uint32) {
 	for wd, dir := range w.dirs {
 		if dir == path || strings.HasPrefix(dir, path+"/") {
 			delete(w.dirs, wd)
-			_, _ = unix.InotifyRmWatch(w.fd, uint32(wd))
+			// Closed meanwhile, its descriptor may be another watch's.
+			_ = w.conn.Control(func(fd uintptr) { _, _ = unix.InotifyRmWatch(int(fd), uint32(wd)) })
 		}
 	}
 }

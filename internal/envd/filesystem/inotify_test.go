@@ -128,13 +128,15 @@ func TestEventsOfAStormTellWhatIsThereInTheEnd(t *testing.T) {
 				return filepath.Join(parts...)
 			}
 			for range 500 {
-				switch rnd.IntN(5) {
+				switch rnd.IntN(6) {
 				case 0:
 					os.MkdirAll(pick(), 0o755)
 				case 1:
 					os.Rename(pick(), pick())
 				case 2:
 					os.RemoveAll(pick())
+				case 3:
+					unix.Renameat2(unix.AT_FDCWD, pick(), unix.AT_FDCWD, pick(), unix.RENAME_EXCHANGE)
 				default:
 					os.WriteFile(pick()+"/f"+string(rune('0'+rnd.IntN(3))), []byte("x"), 0o644)
 				}
@@ -212,6 +214,86 @@ func TestTheEndOfTheWatchedDirectoryEndsTheWatch(t *testing.T) {
 		})
 		if connect.CodeOf(watchError(err)) != connect.CodeNotFound || last != name {
 			t.Errorf("%s: got %v after %s", name, err, last)
+		}
+	}
+}
+
+// tells runs w until a file called end is told of, and returns what it told.
+func tells(t *testing.T, w *watch) (told []string, err error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	end := errors.New("end")
+	err = w.run(ctx, func(c change) error {
+		name, _ := filepath.Rel(w.root, c.path)
+		told = append(told, strings.TrimPrefix(c.kind.String(), "EVENT_TYPE_")+" "+name)
+		if filepath.Base(name) == "end" {
+			return end
+		}
+		return nil
+	})
+	if errors.Is(err, end) {
+		err = nil
+	}
+	return told, err
+}
+
+func TestSwappedDirectoriesAreWatchedBoth(t *testing.T) {
+	for _, kind := range []string{"directory", "file"} {
+		dir := t.TempDir()
+		must(t, os.Mkdir(dir+"/a", 0o755), os.Mkdir(dir+"/b", 0o755))
+		if kind == "file" {
+			must(t, os.Remove(dir+"/a"), os.WriteFile(dir+"/a", nil, 0o644))
+		}
+		w := bareWatch(t, dir)
+		must(t, unix.Renameat2(unix.AT_FDCWD, dir+"/a", unix.AT_FDCWD, dir+"/b", unix.RENAME_EXCHANGE), os.WriteFile(dir+"/end", nil, 0o644))
+		told, err := tells(t, w)
+		if want := []string{"RENAME a", "CREATE b", "RENAME b", "CREATE b", "CREATE a", "CREATE end"}; err != nil || !slices.Equal(told, want) {
+			t.Errorf("%s: told %q, %v", kind, told, err)
+		}
+		for _, in := range []string{"/a", "/b"} {
+			if kind == "file" && in == "/b" {
+				continue
+			}
+			must(t, os.WriteFile(dir+in+"/end", nil, 0o644))
+			if told, err := tells(t, w); err != nil || !slices.Equal(told, []string{"CREATE " + in[1:] + "/end"}) {
+				t.Errorf("%s: in %s: told %q, %v", kind, in, told, err)
+			}
+		}
+	}
+}
+
+// The kernel does not tell of it, but from then on the paths lead elsewhere.
+func TestADirectoryMadeAfterOneAboveTheRootWasMovedEndsTheWatch(t *testing.T) {
+	for _, replaced := range []bool{false, true} {
+		dir := t.TempDir()
+		must(t, os.MkdirAll(dir+"/above/root", 0o755))
+		w := bareWatch(t, dir+"/above/root")
+		must(t, os.Rename(dir+"/above", dir+"/moved"))
+		if replaced {
+			must(t, os.MkdirAll(dir+"/above/root/new", 0o755))
+		}
+		must(t, os.Mkdir(dir+"/moved/root/new", 0o755))
+		told, err := tells(t, w)
+		if !errors.Is(err, errRootGone) || !slices.Equal(told, []string{"CREATE new", "RENAME ."}) {
+			t.Errorf("told %q, %v", told, err)
+		}
+	}
+}
+
+func TestAWatchThatHasEndedTouchesNoOther(t *testing.T) {
+	for range 100 { // until the kernel gives the same descriptor again
+		dirs := []string{t.TempDir(), t.TempDir()}
+		for _, dir := range dirs {
+			must(t, os.Mkdir(dir+"/d", 0o755))
+		}
+		ended := bareWatch(t, dirs[0])
+		ended.Close()
+		other := bareWatch(t, dirs[1])
+		ended.forget(dirs[0]+"/d", unix.IN_ISDIR|unix.IN_MOVED_FROM)
+		must(t, os.WriteFile(dirs[1]+"/d/f", nil, 0o644), os.WriteFile(dirs[1]+"/end", nil, 0o644))
+		if told, err := tells(t, other); err != nil || !slices.Equal(told, []string{"CREATE d/f", "CREATE end"}) {
+			t.Fatalf("told %q, %v", told, err)
 		}
 	}
 }
