@@ -87,6 +87,7 @@ type fileID struct{ dev, ino uint64 }
 type copier struct {
 	ctx   context.Context
 	links map[fileID]string // copies of files that have several names
+	top   fileID            // the directory that is made of the source, if it is one
 }
 
 func (c *copier) copy(source, target string) error {
@@ -99,6 +100,9 @@ func (c *copier) copy(source, target string) error {
 	}
 	id := fileID{uint64(stat.Dev), stat.Ino} //nolint:unconvert // not an uint64 on every architecture
 	isDir := stat.Mode&unix.S_IFMT == unix.S_IFDIR
+	if isDir && id == c.top { // by way of a mount the target lies in the source
+		return &os.LinkError{Op: "move", Old: source, New: target, Err: syscall.EINVAL}
+	}
 	if !isDir && stat.Nlink > 1 {
 		if first, ok := c.links[id]; ok {
 			return os.Link(first, target)
@@ -130,6 +134,13 @@ func (c *copier) copy(source, target string) error {
 func (c *copier) copyDir(source, target string) error {
 	if err := os.Mkdir(target, 0o700); err != nil {
 		return err
+	}
+	if c.top == (fileID{}) {
+		var stat unix.Stat_t
+		if err := unix.Lstat(target, &stat); err != nil {
+			return &fs.PathError{Op: "lstat", Path: target, Err: err}
+		}
+		c.top = fileID{uint64(stat.Dev), stat.Ino} //nolint:unconvert // as above
 	}
 	children, err := os.ReadDir(source)
 	if err != nil {

@@ -142,6 +142,19 @@ func TestAMoveThatFailsLeavesTheSourceWholeAndNothingElse(t *testing.T) {
 	}
 }
 
+func TestADirectoryIsNotMovedIntoItselfByWayOfAMount(t *testing.T) {
+	fs := otherFS(t, "8m")
+	must(t, os.MkdirAll(fs+"/dir/sub", 0o755), os.WriteFile(fs+"/dir/f", make([]byte, 1<<20), 0o644), os.Mkdir(fs+"/mount", 0o755),
+		unix.Mount(fs+"/dir/sub", fs+"/mount", "", unix.MS_BIND, ""))
+	t.Cleanup(func() { unix.Unmount(fs+"/mount", unix.MNT_DETACH) })
+	if err := move(t.Context(), fs+"/dir", fs+"/mount/new"); !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("got %v", err)
+	}
+	if got := names(t, fs+"/dir") + ", " + names(t, fs+"/mount"); got != "f sub, " {
+		t.Errorf("left: %s", got)
+	}
+}
+
 func TestMountsAreFoundByTheirRealPath(t *testing.T) {
 	mounts := []byte("22 1 0:21 / /proc rw shared:5 - proc proc rw\n23 1 0:22 / /mnt/with\\040space rw - tmpfs tmpfs rw\nbroken\n24 1 0:2 / / rw - x y z\n")
 	for path, want := range map[string]string{
