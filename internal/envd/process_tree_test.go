@@ -65,6 +65,23 @@ func TestKillReachesAllThatAProcessStarted(t *testing.T) {
 	})
 }
 
+// Root can leave its cgroup, and remove it.
+func TestKillReachesAProcessWhoseCgroupIsGone(t *testing.T) {
+	groups := cgroupDir(t)
+	a := startRealAgent(t, "-cgroups", groups)
+	dir := t.TempDir()
+	req := bash(`own=$(grep -o '/user/.*' /proc/self/cgroup)
+		echo $$ >$G/agent/cgroup.procs && rmdir $G$own && { setsid sh -c 'echo $$ >$D/a; exec sleep 1000' & wait; }`)
+	req.Process.Envs = map[string]string{"D": dir, "G": groups}
+	s, n := start(t.Context(), t, a.processes(), req)
+	pids := pidsIn(t, dir, 1)
+	kill(t, a.processes(), n)
+	for s.Receive() {
+		continue
+	}
+	eventually(t, "the process is gone", func() bool { return !alive(pids[0]) })
+}
+
 func TestKillEndsAForkBombThatLeftItsSession(t *testing.T) {
 	withAndWithoutGroups(t, func(t *testing.T, a *realAgent, _ string) {
 		// Whatever becomes of the test, the bomb ends with the directory.

@@ -227,11 +227,9 @@ func (r *Reaper) signal(c *child, sig syscall.Signal) error {
 		return errGone
 	}
 	if sig == syscall.SIGKILL {
-		if c.group == nil {
+		// A program that has the right to can remove its group.
+		if c.group == nil || c.group.Kill() != nil {
 			return r.killTree(c.pid)
-		}
-		if err := c.group.Kill(); err != nil {
-			return err
 		}
 	}
 	// Its leader is not reaped yet, so the group is the child's.
