@@ -285,6 +285,7 @@ func (f *Forwarder) path(to netip.AddrPort, fresh bool) (netip.AddrPort, error) 
 	if err != nil {
 		return netip.AddrPort{}, err
 	}
+	listeners = slices.DeleteFunc(listeners, func(l listener) bool { return l.addr.Port() != to.Port() })
 	if served(listeners, to) {
 		return to, nil
 	}

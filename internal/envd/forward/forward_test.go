@@ -196,6 +196,35 @@ func TestTwoHundredListenersAreReachable(t *testing.T) {
 	}
 }
 
+// More than one message to the kernel has room for.
+func TestThousandsOfListenersFoundAtOnceAreReachable(t *testing.T) {
+	w := newWorld(t, "redirect")
+	for round := range 2 {
+		must(t, w.forwarder.Process.Signal(unix.SIGSTOP))
+		var listeners []net.Listener
+		for i := range 4000 {
+			l := w.listen(t, fmt.Sprintf("127.0.0.1:%d", 3000+i))
+			greet(l, strconv.Itoa(i))
+			listeners = append(listeners, l)
+		}
+		must(t, w.forwarder.Process.Signal(unix.SIGCONT))
+		for _, i := range []int{0, 1999, 3999} {
+			for _, outside := range []string{guest4, "[" + guest6 + "]"} {
+				w.eventually(t, fmt.Sprintf("round %d: listener %d answers at %s", round, i, outside), func() bool {
+					got, _ := w.says(fmt.Sprintf("%s:%d", outside, 3000+i))
+					return got == strconv.Itoa(i)
+				})
+			}
+		}
+		must(t, w.forwarder.Process.Signal(unix.SIGSTOP))
+		for _, l := range listeners {
+			l.Close()
+		}
+		must(t, w.forwarder.Process.Signal(unix.SIGCONT))
+		w.eventually(t, "all are gone", func() bool { return !w.reaches(guest4 + ":6999") })
+	}
+}
+
 func TestTheAgentsPortsAreNotForwarded(t *testing.T) {
 	w := newWorld(t, "redirect")
 	greet(w.listen(t, "127.0.0.1:49983"), "secret")

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -14,7 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const tableName = "wrenn_forward"
+const (
+	tableName = "wrenn_forward"
+	// maxElements of one change: a message has room for some 1500.
+	maxElements = 500
+)
 
 // nftRules redirects by a table of nf_tables.
 type nftRules struct {
@@ -96,7 +101,6 @@ func (r *nftRules) set(want map[netip.AddrPort]bool) error {
 	err := errors.Join(
 		r.change(r.conn.SetDeleteElements, r.now, want),
 		r.change(r.conn.SetAddElements, want, r.now),
-		r.conn.Flush(),
 	)
 	if err != nil { // somebody took the table away, or changed it: put it back
 		return errors.Join(fmt.Errorf("change redirection: %w", err), r.install())
@@ -123,11 +127,10 @@ func (r *nftRules) change(apply func(*nftables.Set, []nftables.SetElement) error
 		elements[family] = append(elements[family], nftables.SetElement{Key: setKey(at)})
 	}
 	for i, set := range r.sets {
-		if len(elements[i]) == 0 {
-			continue
-		}
-		if err := apply(set, elements[i]); err != nil {
-			return err
+		for some := range slices.Chunk(elements[i], maxElements) {
+			if err := errors.Join(apply(set, some), r.conn.Flush()); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

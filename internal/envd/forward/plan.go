@@ -28,13 +28,17 @@ func compareListeners(a, b listener) int {
 // itself listens there is no path.
 func plan(listeners []listener, outside []netip.Addr, reserved uint16) map[netip.AddrPort]netip.AddrPort {
 	paths := make(map[netip.AddrPort]netip.AddrPort)
+	at := make(map[uint16][]listener) // by port: there may be thousands
+	for _, l := range listeners {
+		at[l.addr.Port()] = append(at[l.addr.Port()], l)
+	}
 	for _, l := range listeners {
 		if !l.addr.Addr().IsLoopback() || l.addr.Port() == reserved {
 			continue
 		}
 		for _, a := range outside {
 			from := netip.AddrPortFrom(a, l.addr.Port())
-			if served(listeners, from) {
+			if served(at[from.Port()], from) {
 				continue
 			}
 			if now, ok := paths[from]; !ok || nearer(a, l.addr.Addr(), now.Addr()) {
