@@ -17,7 +17,7 @@ import (
 
 const (
 	tableName = "wrenn_forward"
-	// maxElements of one change: a message has room for some 1500.
+	// maxElements of one change: a message has room for 2000.
 	maxElements = 500
 )
 
