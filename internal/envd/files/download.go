@@ -36,18 +36,8 @@ func (h *Handler) download(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	// Looked at before it is opened: opening a FIFO would wait for a writer.
-	info, err := os.Stat(path)
-	if os.IsNotExist(err) {
-		return failf(http.StatusNotFound, "path '%s' does not exist", path)
-	} else if err != nil {
+	if err := checkReadable(path); err != nil {
 		return err
-	}
-	if info.IsDir() {
-		return failf(http.StatusBadRequest, "path '%s' is a directory", path)
-	}
-	if info.Mode()&fs.ModeSocket != 0 {
-		return failf(http.StatusBadRequest, "path '%s' is a socket", path)
 	}
 	accepted := parseAcceptEncoding(r.Header.Values("Accept-Encoding"))
 	useGzip := accepted.prefersGzip() && !partial(r.Header)
@@ -63,7 +53,8 @@ func (h *Handler) download(w http.ResponseWriter, r *http.Request) error {
 	header := w.Header()
 	header.Set("Vary", "Accept-Encoding")
 	header.Set("Content-Disposition", mime.FormatMediaType("inline", map[string]string{"filename": filepath.Base(path)}))
-	if info, err = f.Stat(); err != nil {
+	info, err := f.Stat()
+	if err != nil {
 		return err
 	}
 	// Files of /proc are regular and have content, but no size.
@@ -79,6 +70,22 @@ func (h *Handler) download(w http.ResponseWriter, r *http.Request) error {
 		http.ServeContent(w, r, path, info.ModTime(), f)
 	default:
 		return h.sendStream(w, r, path, f)
+	}
+	return nil
+}
+
+// checkReadable returns an error for the client unless path is what can be sent.
+func checkReadable(path string) error {
+	info, err := os.Stat(path)
+	switch {
+	case os.IsNotExist(err):
+		return failf(http.StatusNotFound, "path '%s' does not exist", path)
+	case err != nil:
+		return err
+	case info.IsDir():
+		return failf(http.StatusBadRequest, "path '%s' is a directory", path)
+	case info.Mode()&fs.ModeSocket != 0:
+		return failf(http.StatusBadRequest, "path '%s' is a socket", path)
 	}
 	return nil
 }

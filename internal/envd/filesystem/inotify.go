@@ -178,13 +178,7 @@ func (w *watch) handle(ctx context.Context, wd int32, mask uint32, name string, 
 		return nil // its parent is watched too and tells the same
 	}
 	path := filepath.Join(dir, name)
-	// Two names that are swapped are told of as two moves, and the second one's
-	// start takes nothing away of what the first one has brought.
-	swapped := mask&unix.IN_MOVED_FROM != 0 && path == w.arrived
-	w.arrived = ""
-	if mask&unix.IN_MOVED_TO != 0 {
-		w.arrived = path
-	}
+	swapped := w.swapped(path, mask)
 	if mask&(unix.IN_MODIFY|unix.IN_ATTRIB) != 0 && atomicfile.IsNameless(path) {
 		return nil
 	}
@@ -216,6 +210,18 @@ func (w *watch) handle(ctx context.Context, wd int32, mask uint32, name string, 
 		return w.stillThere(ctx, path, emit)
 	}
 	return nil
+}
+
+// swapped reports whether an event may be of two names that were swapped. The
+// kernel tells of them as two moves, and the second one's start takes nothing
+// away of what the first one has brought.
+func (w *watch) swapped(path string, mask uint32) bool {
+	may := mask&unix.IN_MOVED_FROM != 0 && path == w.arrived
+	w.arrived = ""
+	if mask&unix.IN_MOVED_TO != 0 {
+		w.arrived = path
+	}
+	return may
 }
 
 // stillThere tells of what is at path although an event says that it was moved
