@@ -225,6 +225,32 @@ func TestThousandsOfListenersFoundAtOnceAreReachable(t *testing.T) {
 	}
 }
 
+func TestATableThatSomebodyTookAwayComesBack(t *testing.T) {
+	w := newWorld(t, "redirect")
+	l := w.listen(t, "127.0.0.1:3000")
+	w.eventually(t, "reachable", func() bool { return w.reaches(guest4 + ":3000") })
+	must(t, w.in(w.guest, func() error {
+		nft, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		nft.FlushRuleset()
+		return nft.Flush()
+	}))
+	if w.reaches(guest4 + ":3000") {
+		t.Fatal("reachable without a table") // so this test is about nothing
+	}
+	started := time.Now() // the harness waits for less than it may take
+	for !w.reaches(guest4 + ":3000") {
+		if time.Since(started) > 2*addressLife {
+			t.Fatal("not reachable again")
+		}
+		time.Sleep(interval)
+	}
+	l.Close()
+	w.eventually(t, "gone", func() bool { return !w.reaches(guest4 + ":3000") })
+}
+
 func TestTheAgentsPortsAreNotForwarded(t *testing.T) {
 	w := newWorld(t, "redirect")
 	greet(w.listen(t, "127.0.0.1:49983"), "secret")

@@ -96,7 +96,12 @@ func (r *nftRules) install() error {
 
 func (r *nftRules) set(want map[netip.AddrPort]bool) error {
 	if maps.Equal(want, r.now) {
-		return nil
+		if _, err := r.conn.ListTableOfFamily(tableName, nftables.TableFamilyINet); !errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if err := r.install(); err != nil {
+			return err
+		}
 	}
 	err := errors.Join(
 		r.change(r.conn.SetDeleteElements, r.now, want),
@@ -109,8 +114,8 @@ func (r *nftRules) set(want map[netip.AddrPort]bool) error {
 	return nil
 }
 
-// intact is true: nothing but a program takes the table away, and what is to be
-// done about that is found out at the next change.
+// intact is true: nothing but a program takes the table away, which is too seldom
+// to be asked for with each look. set finds out.
 func (r *nftRules) intact() bool { return true }
 
 // change applies an operation to the elements that are in one set and not in the other.
