@@ -140,7 +140,7 @@ func (a *Agent) serveInit(w http.ResponseWriter, r *http.Request) {
 // mayInit decides whether a request that brings token may initialize: it knows
 // the token that is set, or brings the one whose hash the machine's monitor has.
 // Where there is neither, the first to come may, unless it comes from within the
-// machine: programs there must not set its clock.
+// sandbox: programs there must not set its clock, nor lock its owner out.
 func (a *Agent) mayInit(r *http.Request, token string) bool {
 	secured := a.guard.Secured()
 	if secured && (a.guard.Allows(token) || a.guard.Allows(r.Header.Get(access.TokenHeader))) {

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 )
@@ -88,6 +89,40 @@ func ask(conn net.Conn) int {
 	}
 	resp.Body.Close()
 	return resp.StatusCode
+}
+
+func TestProgramsInsideMayNotInitializeASandboxWithoutAToken(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: New(Config{}).handler}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = serveApart(server, l)
+	}()
+	defer func() {
+		server.Close()
+		<-ended
+	}()
+	for _, body := range []string{`{"accessToken":"stolen"}`, ""} {
+		resp, err := http.Post("http://"+l.Addr().String()+"/init", "application/json", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusUnauthorized {
+			t.Errorf("init with %q: got %d", body, resp.StatusCode)
+		}
+	}
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(conn); got != http.StatusNotFound { // and is served otherwise
+		t.Errorf("without a token it answers %d", got)
+	}
 }
 
 // peer is a connection with addresses to choose.

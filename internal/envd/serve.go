@@ -44,6 +44,7 @@ func serveApart(server *http.Server, l net.Listener) error {
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          server.ErrorLog,
+		ConnContext:       func(ctx context.Context, _ net.Conn) context.Context { return context.WithValue(ctx, insideKey{}, true) },
 	}
 	ended := make(chan struct{})
 	go func() {
@@ -56,6 +57,9 @@ func serveApart(server *http.Server, l net.Listener) error {
 	}()
 	return server.Serve(d)
 }
+
+// insideKey marks requests of the sandbox's own programs.
+type insideKey struct{}
 
 // fewInits lets few at a time send what is read into memory before it is seen
 // whether they may.
