@@ -146,7 +146,7 @@ func (a *Agent) mayInit(r *http.Request, token string) bool {
 	if secured && (a.guard.Allows(token) || a.guard.Allows(r.Header.Get(access.TokenHeader))) {
 		return true
 	}
-	if a.machine != nil && !a.fromHost(r) {
+	if r.Context().Value(insideKey{}) != nil || a.machine != nil && !a.fromHost(r) {
 		return false
 	}
 	if a.metadata != nil {

@@ -44,7 +44,9 @@ func serveApart(server *http.Server, l net.Listener) error {
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          server.ErrorLog,
-		ConnContext:       func(ctx context.Context, _ net.Conn) context.Context { return context.WithValue(ctx, insideKey{}, true) },
+		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
+			return context.WithValue(ctx, insideKey{}, true)
+		},
 	}
 	ended := make(chan struct{})
 	go func() {
