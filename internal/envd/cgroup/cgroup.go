@@ -130,9 +130,6 @@ func (t *Tree) Take() (*Group, error) {
 // FD returns a descriptor to start a process in the group with.
 func (g *Group) FD() int { return int(g.dir.Fd()) }
 
-// Path returns the group's directory.
-func (g *Group) Path() string { return g.path }
-
 // Kill kills every process in the group.
 func (g *Group) Kill() error {
 	g.killed.Store(true)
