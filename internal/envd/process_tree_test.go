@@ -3,6 +3,7 @@ package envd_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -61,6 +62,27 @@ func TestKillReachesAllThatAProcessStarted(t *testing.T) {
 				}
 				eventually(t, "the process is gone", func() bool { return !alive(pids[0]) })
 			})
+		}
+	})
+}
+
+func TestSignalsReachAProcessThatHasLeftItsGroup(t *testing.T) {
+	if _, err := exec.LookPath("perl"); err != nil {
+		t.Skip("needs perl, to change the process group")
+	}
+	withAndWithoutGroups(t, func(t *testing.T, a *realAgent, _ string) {
+		for _, sig := range []process.Signal{process.Signal_SIGNAL_SIGTERM, process.Signal_SIGNAL_SIGKILL} {
+			s, n := start(t.Context(), t, a.processes(), bash(`exec perl -e '$| = 1; setpgrp(0, getpgrp(getppid)) or die; print getpgrp == $$ ? "stays" : "left"; sleep 1000'`))
+			if !s.Receive() || string(s.Msg().GetEvent().GetData().GetStdout()) != "left" {
+				t.Fatalf("got %v, %v", s.Msg(), s.Err())
+			}
+			if _, err := a.processes().SendSignal(t.Context(), &process.SendSignalRequest{Process: pid(n), Signal: sig}); err != nil {
+				t.Error(err)
+			}
+			eventually(t, "it is gone", func() bool { return !alive(int(n)) })
+			for s.Receive() {
+				continue
+			}
 		}
 	})
 }

@@ -232,9 +232,18 @@ func (r *Reaper) signal(c *child, sig syscall.Signal) error {
 			return r.killTree(c.pid)
 		}
 	}
-	// Its leader is not reaped yet, so the group is the child's.
-	if err := syscall.Kill(-c.pid, sig); err != nil {
+	if err := signalGroup(c.pid, sig); err != nil {
 		return fmt.Errorf("signal process group %d: %w", c.pid, err)
 	}
 	return nil
+}
+
+// signalGroup signals a child and its process group. The child is not reaped, so
+// the group is its own; it may have left that for another.
+func signalGroup(pid int, sig syscall.Signal) error {
+	err := syscall.Kill(-pid, sig)
+	if group, failure := syscall.Getpgid(pid); failure == nil && group != pid {
+		err = syscall.Kill(pid, sig)
+	}
+	return err
 }

@@ -44,7 +44,7 @@ func (r *Reaper) killTree(root int) error {
 		others: make(map[int]bool), ended: make(map[int]bool)}
 	var ok bool
 	if f.agent, ok = lookAt(os.Getpid()); !ok { // no /proc
-		return syscall.Kill(-root, syscall.SIGKILL)
+		return signalGroup(root, syscall.SIGKILL)
 	}
 	for pid := range r.children {
 		f.others[pid] = pid != root
@@ -54,7 +54,7 @@ func (r *Reaper) killTree(root int) error {
 		f.grow()
 		found, vanished := f.kill(root)
 		// Last, so that its children can be told from orphans before.
-		if err := syscall.Kill(-root, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
+		if err := signalGroup(root, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
 			return err
 		}
 		if found {
