@@ -2,6 +2,7 @@ package process
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"strconv"
 	"syscall"
@@ -54,7 +55,7 @@ func (r *Reaper) killTree(root int) error {
 		f.grow()
 		found, vanished := f.kill(root)
 		// Last, so that its children can be told from orphans before.
-		if err := signalGroup(root, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
+		if err := signalGroup(root, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return err
 		}
 		if found {
