@@ -137,7 +137,7 @@ func sharedDir(path string) error {
 // machine whose kernel has failed rather than leave it hanging.
 var sysctls = [][2]string{
 	{"kernel/panic", "1"},
-	{"kernel/printk", "3 4 1 3"}, // little on the console: it is slow, and its reader the host
+	{"kernel/printk", "3 4 1 3"},               // little on the console: it is slow, and its reader the host
 	{"fs/inotify/max_user_instances", "65536"}, // each watch that a client holds is one
 	{"fs/inotify/max_user_watches", "1048576"},
 	{"vm/max_map_count", "262144"},
