@@ -1,8 +1,13 @@
 package envd_test
 
 import (
+	"bytes"
+	"compress/gzip"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -141,4 +146,52 @@ func TestAnOffsetInJSONIsTextOrNumber(t *testing.T) {
 			t.Errorf("%s gives %v, %v", text, req, err)
 		}
 	}
+}
+
+func TestAMessageWithoutMeasureIsRefused(t *testing.T) {
+	a := startRealAgent(t)
+	var packed bytes.Buffer
+	w := gzip.NewWriter(&packed)
+	zeros := make([]byte, 1<<20)
+	for range 400 {
+		w.Write(zeros)
+	}
+	w.Close()
+	for encoding, body := range map[string]io.Reader{
+		"gzip":     &packed,
+		"identity": io.LimitReader(endless{}, 400<<20),
+	} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, a.url+"/process.Process/SendInput", body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Content-Type", "application/proto")
+		r.Header.Set("Content-Encoding", encoding)
+		resp, err := a.http.Do(r)
+		if err != nil { // the answer came before the end of the message, and was lost
+			continue
+		}
+		text, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusTooManyRequests || !strings.Contains(string(text), "resource_exhausted") {
+			t.Errorf("%s: got %s: %.200s", encoding, resp.Status, text)
+		}
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, peak, _ := strings.Cut(string(status), "VmHWM:")
+	var kib int
+	if _, err := fmt.Sscan(peak, &kib); err != nil || kib > 256<<10 {
+		t.Errorf("the agent took %d KiB (%v)", kib, err)
+	}
+}
+
+// endless reads as zeros without end.
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
 }

@@ -305,7 +305,7 @@ func TestALongPasteWaitsForItsReader(t *testing.T) {
 func TestAHugeInputIsExactAndClosingWaitsForIt(t *testing.T) {
 	a := startAgent(t)
 	c := a.processes()
-	const size = 64 << 20
+	const size = 32 << 20
 	begin := t.TempDir() + "/begin"
 	s, id := start(t.Context(), t, c, &process.StartRequest{Process: &process.ProcessConfig{
 		Cmd: "/bin/bash", Args: []string{"-c", "until read -t 0; do sleep 0.01; done; echo begun; while [ ! -e $0 ]; do sleep 0.01; done; sha256sum", begin}}})

@@ -35,6 +35,11 @@ import (
 // Version is the version that the agent reports.
 const Version = version.Version
 
+// maxMessage is the size of the largest message, in bytes, also of one that comes
+// compressed. Reading one takes several times its size, of memory that is the
+// sandbox's. Input of 24 MiB fits as JSON.
+const maxMessage = 33 << 20
+
 // Config of an Agent.
 type Config struct {
 	// Init makes the agent reap orphans: it is pid 1, or stands in for it.
@@ -155,7 +160,8 @@ func (a *Agent) routes() http.Handler {
 	guarded.HandleFunc("POST /files/compose", transfer.Compose)
 	// Messages may come compressed, but answers are not: they go over a link to
 	// the host next door, and the sandbox's processors are its user's.
-	options := connect.WithCompressMinBytes(math.MaxInt)
+	options := connect.WithHandlerOptions(
+		connect.WithCompressMinBytes(math.MaxInt), connect.WithReadMaxBytes(maxMessage))
 	path, processes := processconnect.NewProcessHandler(process.NewService(a.reaper, &a.settings, a.log), options, process.WithJSON())
 	guarded.Handle(path, a.wakeForwarder(process.BatchFlushes(processes)))
 	guarded.Handle(filesystemconnect.NewFilesystemHandler(a.watches, options))
