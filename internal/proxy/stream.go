@@ -143,7 +143,9 @@ func (s *stream) WriteHeader(status int) {
 	s.mu.Unlock()
 	if status < 200 {
 		// Comes from a goroutine of the transport, where a panic would be fatal.
-		if !aborted {
+		// The server says 100 by itself when the body is first read, which is when
+		// the guest has said so: passed on it might come twice.
+		if !aborted && status != http.StatusContinue {
 			s.ResponseWriter.WriteHeader(status)
 		}
 		return
