@@ -90,11 +90,9 @@ func (b *envdBench) measureTransfers(ctx context.Context) error {
 	var down, floor samples
 	for i := range b.Transfers {
 		for j := range uploads {
-			// Back and forth, so that none always finds the disk as the same one left
-			// it: a disk may be busy with what it has taken for longer than it says.
-			if i%2 == 1 {
-				j = len(uploads) - 1 - j
-			}
+			// Each comes first as often as the others: a disk may be busy with what it
+			// has taken for longer than it says, and slower after much of it.
+			j = (i + j) % len(uploads)
 			u := &uploads[j]
 			if err := b.emptyDisk(path); err != nil {
 				return err

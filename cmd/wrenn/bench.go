@@ -81,7 +81,7 @@ func printReport(cmd *cobra.Command, run func(context.Context) (bench.Report, er
 // newEnvdBenchmark measures the guest agent without a platform: it needs neither
 // one that runs nor root.
 func newEnvdBenchmark() *cobra.Command {
-	o := bench.EnvdOptions{Samples: 200, SizeMiB: 1024, Transfers: 6, StreamMiB: 100, Settle: 90 * time.Second}
+	o := bench.EnvdOptions{Samples: 200, SizeMiB: 1024, Transfers: 8, StreamMiB: 100, Settle: 90 * time.Second}
 	cmd := &cobra.Command{
 		Use:   "envd",
 		Short: "The guest agent alone, on the loopback interface: exec, echo, files, output, memory",
