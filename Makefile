@@ -71,7 +71,7 @@ test-reproducible: packages
 # 100,000 processes, 1,000 terminals and 10,000 watches on one guest agent: some
 # minutes. `make test` has a short form of it.
 soak:
-	WRENN_SOAK=full CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 60m -run '^TestSoak$$' ./internal/envd
+	WRENN_SOAK=full CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 60m -run '^TestSoak' ./internal/envd
 
 # Runs every fuzz target for FUZZ_TIME.
 FUZZ_TIME ?= 30s

@@ -3,6 +3,7 @@ package envd_test
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,8 +13,7 @@ import (
 	"github.com/wrenn/wrenn/api/proto/process"
 )
 
-// usage is what the agent holds. Goroutines show as memory and descriptors: the
-// agent has no route that counts them.
+// usage is what the agent holds. Goroutines are counted by TestSoakGoroutines.
 type usage struct{ fds, zombies, threads, rssKiB int }
 
 func (a *realAgent) usage(t *testing.T) usage {
@@ -115,8 +115,41 @@ func TestSoak(t *testing.T) {
 	}
 }
 
+// TestSoakGoroutines counts them in an agent that is part of this process.
+func TestSoakGoroutines(t *testing.T) {
+	processes, terminals, watches := 1000, 100, 500
+	if os.Getenv("WRENN_SOAK") == "full" {
+		processes, terminals, watches = 10_000, 1000, 10_000
+	}
+	a := startAgent(t)
+	dir := t.TempDir()
+	use := func(processes, terminals, watches int) (goroutines func() int) {
+		many(t, processes, func(int) error { return a.once(t, "/bin/true", false) })
+		many(t, terminals, func(int) error { return a.once(t, "/bin/true", true) })
+		many(t, watches, func(int) error { return a.watchOnce(t, dir) })
+		return func() int {
+			a.http.CloseIdleConnections()
+			return runtime.NumGoroutine()
+		}
+	}
+	goroutines := use(20, 20, 20)
+	var before int
+	eventually(t, "goroutines settle", func() bool {
+		last := before
+		before = goroutines()
+		return before == last
+	})
+	goroutines = use(processes, terminals, watches)
+	after := 0
+	eventually(t, fmt.Sprintf("%d goroutines as before", before), func() bool {
+		after = goroutines()
+		return after <= before+1
+	})
+	t.Logf("before %d goroutines, after %d", before, after)
+}
+
 // once runs a program to its end.
-func (a *realAgent) once(t *testing.T, program string, terminal bool) error {
+func (a *agent) once(t *testing.T, program string, terminal bool) error {
 	off := false
 	req := &process.StartRequest{Process: &process.ProcessConfig{Cmd: program}, Stdin: &off}
 	if terminal {
@@ -142,7 +175,7 @@ func (a *realAgent) once(t *testing.T, program string, terminal bool) error {
 }
 
 // watchOnce makes a watcher and removes it.
-func (a *realAgent) watchOnce(t *testing.T, dir string) error {
+func (a *agent) watchOnce(t *testing.T, dir string) error {
 	c := a.filesystem()
 	w, err := c.CreateWatcher(t.Context(), &filesystem.CreateWatcherRequest{Path: dir, Recursive: true})
 	if err != nil {
