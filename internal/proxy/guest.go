@@ -211,11 +211,12 @@ func (b *bufferPool) Put(buf []byte) { b.pool.Put((*[bufferSize]byte)(buf)) }
 
 func (p *Proxy) newReverseProxy(pool *http.Transport) *httputil.ReverseProxy {
 	return &httputil.ReverseProxy{
-		Transport:     pool,
-		Rewrite:       rewrite,
-		FlushInterval: -1, // every piece goes out as it comes
-		BufferPool:    &p.buffers,
-		ErrorHandler:  p.failForward,
+		Transport:      pool,
+		Rewrite:        rewrite,
+		ModifyResponse: rewriteAnswer,
+		FlushInterval:  -1, // every piece goes out as it comes
+		BufferPool:     &p.buffers,
+		ErrorHandler:   p.failForward,
 		// Broken bodies are daily business between clients and applications.
 		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}

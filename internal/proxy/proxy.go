@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 )
@@ -102,6 +103,12 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 	if !ok {
 		writeFailure(w, r, failure{Message: "The request target is malformed", Code: http.StatusBadRequest})
 		return
+	}
+	if d.Prefix != "" {
+		if target.path = strings.TrimPrefix(target.path, d.Prefix); target.path == "" {
+			withSlash(w, d, target)
+			return
+		}
 	}
 	if d.Port == AgentPort && agentInternal(target.path) {
 		writeFailure(w, r, failure{Message: "This route of the guest agent is not reachable from outside", Code: http.StatusNotFound})

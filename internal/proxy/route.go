@@ -25,6 +25,7 @@ var (
 type Destination struct {
 	SandboxID string
 	Port      uint16
+	Prefix    string // what the path form puts before the application's path; else empty
 }
 
 // Route decides whether a request is for a sandbox, and for which. An error (of
@@ -37,7 +38,9 @@ type Destination struct {
 // domain itself are not ours, every other name is an error.
 //
 // Any other host (localhost, an IP address, the machine's own name) cannot say
-// which sandbox is meant, so there routing headers decide, if there are any.
+// which sandbox is meant, so there routing headers decide, if there are any, and
+// else a path of the form "/proxy/{id}/{port}/…". It is not served on the
+// platform's own names: an application's pages would share the API's origin.
 // Without a domain a host of exactly the form "{port}-{id}.…" is a sandbox
 // whatever its suffix is, which makes localhost and wildcard DNS services work
 // without configuration.
@@ -48,8 +51,7 @@ func (p *Proxy) Route(r *http.Request) (Destination, bool, error) {
 		case "api":
 			return Destination{}, false, nil
 		case "sandbox":
-			d, err := parseHeaders(r.Header)
-			return d, true, err
+			return byHeadersOrPath(r)
 		}
 		d, err := parseLabel(label)
 		return d, true, err
@@ -60,11 +62,29 @@ func (p *Proxy) Route(r *http.Request) (Destination, bool, error) {
 			return d, true, nil
 		}
 	}
-	if len(r.Header[HeaderSandboxID]) == 0 && len(r.Header[HeaderSandboxPort]) == 0 {
+	if !hasHeaders(r) && (host == p.domain || !strings.HasPrefix(escapedPath(r), pathForm)) {
 		return Destination{}, false, nil
 	}
-	d, err := parseHeaders(r.Header)
+	return byHeadersOrPath(r)
+}
+
+func hasHeaders(r *http.Request) bool {
+	return len(r.Header[HeaderSandboxID]) > 0 || len(r.Header[HeaderSandboxPort]) > 0
+}
+
+// byHeadersOrPath routes a request whose host says only that it is for a sandbox.
+func byHeadersOrPath(r *http.Request) (d Destination, ok bool, err error) {
+	if path := escapedPath(r); !hasHeaders(r) && strings.HasPrefix(path, pathForm) {
+		d, err = parsePath(path)
+	} else {
+		d, err = parseHeaders(r.Header)
+	}
 	return d, true, err
+}
+
+func escapedPath(r *http.Request) string {
+	target, _ := rawTarget(r)
+	return target.path
 }
 
 // RouteError answers a request that Route refused: plain text, as clients know it.

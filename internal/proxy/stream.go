@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -188,10 +189,14 @@ func (s *stream) Unwrap() http.ResponseWriter { return s.ResponseWriter }
 // pretend to come from elsewhere.
 func rewrite(pr *httputil.ProxyRequest) {
 	s := pr.In.Context().Value(streamKey{}).(*stream)
-	pr.Out.URL = s.target.url(s.addr.String(), pr.In.URL.Path)
+	pr.Out.URL = s.target.url(s.addr.String(), strings.TrimPrefix(pr.In.URL.Path, s.dest.Prefix))
 	pr.Out.Header.Del("X-Real-Ip")
 	pr.Out.Header.Del("X-Forwarded-Port")
 	pr.Out.Header.Del("X-Forwarded-Server")
+	pr.Out.Header.Del("X-Forwarded-Prefix")
+	if s.dest.Prefix != "" {
+		pr.Out.Header.Set("X-Forwarded-Prefix", s.dest.Prefix)
+	}
 	pr.SetXForwarded()
 	// The server fills the inbound map in when the body ends; a copy stays empty.
 	// Trailers need a chunked body on HTTP/1.1.
