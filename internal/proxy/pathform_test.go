@@ -75,6 +75,29 @@ func TestPathFormLeadsBackToItself(t *testing.T) {
 	}
 }
 
+// By host the origin is the application's own.
+func TestNoApplicationSpeaksForTheOriginThatAllShare(t *testing.T) {
+	w := newWorld(t)
+	headers := map[string]string{"Service-Worker-Allowed": "/", "Clear-Site-Data": `"*"`}
+	port := guest(t, func(rw http.ResponseWriter, _ *http.Request) {
+		for name, value := range headers {
+			rw.Header().Set(name, value)
+		}
+	})
+	byPath, err := http.NewRequestWithContext(t.Context(), "GET", fmt.Sprintf("%s/proxy/%s/%d/", w.url, idA, port), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, value := range headers {
+		if res, _ := do(t, w.http1, w.request(t, "GET", idA, port, "/", nil)); res.Header.Get(name) != value {
+			t.Errorf("by host %s is %q", name, res.Header.Get(name))
+		}
+		if res, _ := do(t, w.http1, byPath); res.Header.Get(name) != "" {
+			t.Errorf("by path %s is %q", name, res.Header.Get(name))
+		}
+	}
+}
+
 func TestPathFormIsNotServedOnTheAPIsName(t *testing.T) {
 	w := newWorld(t)
 	port := guest(t, func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "application") })

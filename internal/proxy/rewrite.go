@@ -39,6 +39,11 @@ func rewriteAnswer(res *http.Response) error {
 	if s.dest.Port == AgentPort {
 		return nil // the guest agent sends nobody anywhere
 	}
+	if s.dest.Prefix != "" {
+		// All applications share the origin: none may take it over, nor empty it.
+		res.Header.Del("Service-Worker-Allowed")
+		res.Header.Del("Clear-Site-Data")
+	}
 	o := origin{s.dest, s.addr, res.Request.Host}
 	for _, name := range []string{"Location", "Content-Location"} {
 		for i, value := range res.Header[name] {
