@@ -52,14 +52,14 @@ func (p *Proxy) failResolve(s *stream, r *http.Request, err error) {
 	s.fail(r, f)
 }
 
-// failForward answers a request that the guest did not: httputil.ReverseProxy
-// calls it with the outgoing request.
-func (p *Proxy) failForward(_ http.ResponseWriter, out *http.Request, err error) {
-	s := out.Context().Value(streamKey{}).(*stream)
+func notAnswered(d Destination) failure {
+	return failure{SandboxID: d.SandboxID, Message: "The application in the sandbox did not answer properly", Port: d.Port, Code: http.StatusBadGateway}
+}
+
+// failForward answers a request that the guest did not.
+func (p *Proxy) failForward(s *stream, out *http.Request, err error) {
 	var dial *dialError
 	switch {
-	case s.isHijacked():
-		return // the upgraded connection failed; it is closed already
 	case s.isAborted(), errors.Is(err, errEvicted):
 		s.fail(out, notFound(s.dest))
 	case s.clientCtx.Err() != nil:
@@ -71,9 +71,7 @@ func (p *Proxy) failForward(_ http.ResponseWriter, out *http.Request, err error)
 		s.fail(out, failure{SandboxID: s.dest.SandboxID, Message: "The request body is malformed", Code: http.StatusBadRequest})
 	default:
 		p.log.Debug("forward request", "sandbox", s.dest.SandboxID, "port", s.dest.Port, "error", err)
-		f := portClosed(s.dest)
-		f.Message = "The application in the sandbox did not answer properly"
-		s.fail(out, f)
+		s.fail(out, notAnswered(s.dest))
 	}
 }
 
@@ -84,12 +82,6 @@ func (p *Proxy) unreachable(s *stream) failure {
 		return notFound(s.dest)
 	}
 	return portClosed(s.dest)
-}
-
-func (s *stream) isHijacked() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.hijacked != nil
 }
 
 // fail writes the proxy's own answer.

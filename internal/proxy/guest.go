@@ -3,12 +3,10 @@ package proxy
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httputil"
+	"net/netip"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -25,8 +23,8 @@ const (
 	// The guest agent is ours and keeps idle connections far longer.
 	agentIdleTimeout = 90 * time.Second
 	agentIdleConns   = 64
-
-	maxResponseHeader = 1 << 20 // bytes
+	// HTTP/2 says properly when a connection ends, so nothing is lost with it.
+	grpcIdleTimeout = 90 * time.Second
 )
 
 var errEvicted = errors.New("sandbox is gone")
@@ -41,12 +39,16 @@ func (e *dialError) Unwrap() error { return e.err }
 // request on, as long as there is a stream or a connection.
 type guest struct {
 	id    string
-	user  *httputil.ReverseProxy // to the ports of the user's applications
-	agent *httputil.ReverseProxy // to the guest agent's port
+	user  *pool // to the ports of the user's applications
+	agent *pool // to the guest agent's port
+
+	grpcOnce sync.Once
+	grpc     *http.Transport // to applications that speak gRPC; see Proxy.grpcTransport
 
 	// Guarded by Proxy.mu:
 	gone    bool // detached: nothing may be added any more
 	streams map[*stream]struct{}
+	users   int // streams to the user's applications among them
 	conns   map[*guestConn]struct{}
 }
 
@@ -56,60 +58,49 @@ func (p *Proxy) newGuest(id string) *guest {
 		streams: make(map[*stream]struct{}),
 		conns:   make(map[*guestConn]struct{}),
 	}
-	g.user = p.newReverseProxy(p.newPool(g, userIdleConns, userIdleTimeout))
-	g.agent = p.newReverseProxy(p.newPool(g, agentIdleConns, agentIdleTimeout))
+	dial := func(ctx context.Context, addr netip.AddrPort) (*guestConn, error) { return p.dialGuest(ctx, g, addr) }
+	g.user = newPool(dial, userIdleConns, userIdleTimeout)
+	g.agent = newPool(dial, agentIdleConns, agentIdleTimeout)
 	return g
 }
 
-// route picks the way to a port.
-func (g *guest) route(port uint16) *httputil.ReverseProxy {
+// pool picks the connections to a port.
+func (g *guest) pool(port uint16) *pool {
 	if port == AgentPort {
 		return g.agent
 	}
 	return g.user
 }
 
-func (p *Proxy) newPool(g *guest, idleConns int, idle time.Duration) *http.Transport {
-	var http1 http.Protocols
-	http1.SetHTTP1(true)
-	return &http.Transport{
-		Proxy: nil, // the environment's proxy is for the internet, not for guests
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			return p.dialGuest(ctx, g, network, addr)
-		},
-		Protocols:              &http1,
-		DisableCompression:     true, // what the client did not ask for it may not understand
-		MaxIdleConnsPerHost:    idleConns,
-		IdleConnTimeout:        idle,
-		ExpectContinueTimeout:  time.Second,
-		MaxResponseHeaderBytes: maxResponseHeader,
-	}
-}
-
-// dialGuest connects to a guest's port. A refused connection is tried again
-// twice: a port that was opened this moment may not be forwarded yet.
-func (p *Proxy) dialGuest(ctx context.Context, g *guest, network, addr string) (net.Conn, error) {
-	for attempt := 1; ; attempt++ {
-		conn, err := p.dial(ctx, network, addr)
-		if err == nil {
-			return p.adopt(g, conn)
+// grpcTransport is the way to a sandbox's applications that speak gRPC: HTTP/2
+// with prior knowledge. Its connections are the sandbox's own, and the guest
+// agent's port is never reached over one.
+func (p *Proxy) grpcTransport(g *guest) *http.Transport {
+	g.grpcOnce.Do(func() {
+		var h2c http.Protocols
+		h2c.SetUnencryptedHTTP2(true)
+		g.grpc = &http.Transport{
+			Proxy: nil, // the environment's proxy is for the internet, not for guests
+			DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+				to, err := netip.ParseAddrPort(addr)
+				if err != nil {
+					return nil, err
+				}
+				return p.dialGuest(ctx, g, to)
+			},
+			Protocols:              &h2c,
+			DisableCompression:     true, // what the client did not ask for it may not understand
+			IdleConnTimeout:        grpcIdleTimeout,
+			MaxResponseHeaderBytes: maxResponseHeader,
+			HTTP2:                  &http.HTTP2Config{StrictMaxConcurrentRequests: false, SendPingTimeout: time.Minute},
 		}
-		if attempt == dialAttempts || !errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, &dialError{err}
-		}
-		wait := time.NewTimer(time.Duration(attempt) * dialBackoff)
-		select {
-		case <-wait.C:
-		case <-ctx.Done():
-			wait.Stop()
-			return nil, ctx.Err()
-		}
-	}
+	})
+	return g.grpc
 }
 
 // adopt enters a fresh connection into the guest's books, so that Evict can
 // close it even when the other end has vanished without a word.
-func (p *Proxy) adopt(g *guest, conn net.Conn) (net.Conn, error) {
+func (p *Proxy) adopt(g *guest, conn net.Conn) (*guestConn, error) {
 	c := &guestConn{Conn: conn}
 	c.release = func() {
 		p.mu.Lock()
@@ -168,26 +159,6 @@ func (g *guest) breakOff(streams []*stream, conns []*guestConn) {
 	}
 }
 
-// guestConn is a connection to a guest that reports its end.
-type guestConn struct {
-	net.Conn
-	once    sync.Once
-	release func()
-}
-
-func (c *guestConn) Close() error {
-	c.once.Do(c.release)
-	return c.Conn.Close()
-}
-
-// CloseWrite passes a half-close on: upgraded protocols may need it.
-func (c *guestConn) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return nil
-}
-
 // resetOnClose makes closing c a reset instead of a proper end.
 func resetOnClose(c net.Conn) {
 	if tcp, ok := c.(interface{ SetLinger(int) error }); ok {
@@ -198,7 +169,7 @@ func resetOnClose(c net.Conn) {
 // bufferPool lends the buffers that bodies are copied through.
 type bufferPool struct{ pool sync.Pool }
 
-const bufferSize = 32 << 10
+const bufferSize = 64 << 10
 
 func (b *bufferPool) Get() []byte {
 	if buf, ok := b.pool.Get().(*[bufferSize]byte); ok {
@@ -208,16 +179,3 @@ func (b *bufferPool) Get() []byte {
 }
 
 func (b *bufferPool) Put(buf []byte) { b.pool.Put((*[bufferSize]byte)(buf)) }
-
-func (p *Proxy) newReverseProxy(pool *http.Transport) *httputil.ReverseProxy {
-	return &httputil.ReverseProxy{
-		Transport:      pool,
-		Rewrite:        rewrite,
-		ModifyResponse: rewriteAnswer,
-		FlushInterval:  -1, // every piece goes out as it comes
-		BufferPool:     &p.buffers,
-		ErrorHandler:   p.failForward,
-		// Broken bodies are daily business between clients and applications.
-		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
-	}
-}

@@ -25,7 +25,10 @@ const AgentPort = 49983
 // Target says where a sandbox is reached.
 type Target struct {
 	SandboxID string
-	Addr      netip.Addr // at which all its ports are reached
+	Addr      netip.Addr // at which all its ports are reached on its host
+	// Agent is where the data plane of the sandbox's host agent listens, when the
+	// sandbox is on another host: then requests go there, see Config.Hop.
+	Agent netip.AddrPort
 }
 
 // A Resolver finds running sandboxes. Errors are of the kinds of package sandbox:
@@ -46,7 +49,21 @@ type Config struct {
 	Domain string
 	Log    *slog.Logger
 	Dial   DialFunc // nil: TCP
+
+	// Hop makes it the data plane of a host agent, which fronts alone may reach:
+	// requests come as /proxy/{id}/{port}/… whatever their host is, say truly where
+	// they come from, and get the application's answer as it is. The front rewrites
+	// it: only it knows what the client sees.
+	Hop bool
+
+	// Limit is how many requests and upgraded connections may be open at once to
+	// the applications of one sandbox, and how many to its guest agent. Zero:
+	// DefaultLimit.
+	Limit int
 }
+
+// DefaultLimit bounds what one sandbox can take of the proxy's connections.
+const DefaultLimit = 4096
 
 // Proxy is an http.Handler for data-plane requests.
 type Proxy struct {
@@ -54,6 +71,8 @@ type Proxy struct {
 	domain   string // host name in lower case, no port; may be empty
 	log      *slog.Logger
 	dial     DialFunc
+	hop      bool
+	limit    int
 	buffers  bufferPool
 
 	mu     sync.Mutex // guards the rest and the insides of every guest
@@ -68,7 +87,12 @@ func New(cfg Config) *Proxy {
 		domain:   hostname(cfg.Domain),
 		log:      cfg.Log,
 		dial:     cfg.Dial,
+		hop:      cfg.Hop,
+		limit:    cfg.Limit,
 		guests:   make(map[string]*guest),
+	}
+	if p.limit == 0 {
+		p.limit = DefaultLimit
 	}
 	if p.log == nil {
 		p.log = slog.New(slog.DiscardHandler)
@@ -115,9 +139,10 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 		return
 	}
 
-	s, ok := p.begin(w, r, d)
-	if !ok {
-		writeFailure(w, r, failure{SandboxID: d.SandboxID, Message: "The proxy is shutting down", Code: http.StatusServiceUnavailable})
+	s, refused := p.begin(w, r, d)
+	if refused != nil {
+		w.Header().Set("Retry-After", "1")
+		writeFailure(w, r, *refused)
 		return
 	}
 	defer p.end(s)
@@ -131,18 +156,25 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 		p.failResolve(s, r, err)
 		return
 	}
-	s.addr = netip.AddrPortFrom(where.Addr, d.Port)
-	if r.ProtoMajor == 1 {
+	s.aim(where)
+	p.carry(s, r)
+}
+
+// carry sends the request on and the answer back.
+func (p *Proxy) carry(s *stream, r *http.Request) {
+	if r.ProtoMajor == 1 && s.upload != nil {
 		// Otherwise net/http reads the rest of the request before it sends the
 		// answer, and an application that answers while it reads would stall.
-		// Failure means that w cannot do it, which is no reason to refuse.
-		_ = http.NewResponseController(w).EnableFullDuplex()
+		// Failure means that the writer cannot do it, which is no reason to refuse.
+		_ = http.NewResponseController(s.ResponseWriter).EnableFullDuplex()
 	}
-	out := r.WithContext(s.ctx)
-	if s.upload != nil {
-		out.Body = s.upload
+	exchange := p.exchange
+	if isGRPC(r) && s.dest.Port != AgentPort {
+		exchange = p.exchangeGRPC
 	}
-	s.guest.route(d.Port).ServeHTTP(s, out)
+	if err := exchange(s, r); err != nil {
+		p.failForward(s, r, err)
+	}
 }
 
 // Evict breaks off everything that goes on with a sandbox: requests that have no

@@ -34,29 +34,28 @@ type origin struct {
 // rewriteAnswer puts right what an application says about where it is: it does not
 // know of the prefix of its path, and may name an address that exists only inside
 // the sandbox or between it and the proxy.
-func rewriteAnswer(res *http.Response) error {
-	s := res.Request.Context().Value(streamKey{}).(*stream)
-	if s.dest.Port == AgentPort {
-		return nil // the guest agent sends nobody anywhere
+func (s *stream) rewriteAnswer() {
+	if s.dest.Port == AgentPort || s.trusted {
+		return // the guest agent sends nobody anywhere; what goes to a front, that rewrites
 	}
+	h := s.Header()
 	if s.dest.Prefix != "" {
 		// All applications share the origin: none may take it over, nor empty it.
-		res.Header.Del("Service-Worker-Allowed")
-		res.Header.Del("Clear-Site-Data")
+		h.Del("Service-Worker-Allowed")
+		h.Del("Clear-Site-Data")
 	}
-	o := origin{s.dest, s.addr, res.Request.Host}
+	o := origin{s.dest, s.addr, s.clientHost}
 	for _, name := range []string{"Location", "Content-Location"} {
-		for i, value := range res.Header[name] {
-			res.Header[name][i] = o.rewriteURL(value)
+		for i, value := range h[name] {
+			h[name][i] = o.rewriteURL(value)
 		}
 	}
-	for i, value := range res.Header["Refresh"] {
-		res.Header["Refresh"][i] = o.rewriteRefresh(value)
+	for i, value := range h["Refresh"] {
+		h["Refresh"][i] = o.rewriteRefresh(value)
 	}
-	for i, value := range res.Header["Set-Cookie"] {
-		res.Header["Set-Cookie"][i] = o.rewriteCookie(value)
+	for i, value := range h["Set-Cookie"] {
+		h["Set-Cookie"][i] = o.rewriteCookie(value)
 	}
-	return nil
 }
 
 // rewriteURL returns the reference as the client has to have it. What is relative

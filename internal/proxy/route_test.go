@@ -264,13 +264,22 @@ func TestNothingIsSmuggled(t *testing.T) {
 		})
 	}
 	t.Run("bad chunk size", func(t *testing.T) {
-		// The header has been passed on by then, so the guest sees a broken body.
-		brokenOff := make(chan error, 1)
+		arrived, brokenOff := make(chan struct{}), make(chan error, 1)
 		port := guest(t, func(_ http.ResponseWriter, r *http.Request) {
+			close(arrived)
 			_, err := io.ReadAll(r.Body)
 			brokenOff <- err
 		})
-		res, _, err := w.raw(t, fmt.Sprintf("POST /a HTTP/1.1\r\nHost: %d-%s.wrenn.test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\nzz\r\n%s", port, idA, smuggled))
+		conn, err := net.Dial("tcp", w.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		fmt.Fprintf(conn, "POST /a HTTP/1.1\r\nHost: %d-%s.wrenn.test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n", port, idA)
+		receive(t, arrived)
+		io.WriteString(conn, "zz\r\n"+smuggled)
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil || res.StatusCode != 400 || !res.Close {
 			t.Errorf("answer = %v, %v; want 400 and the end of the connection", res, err)
 		}

@@ -3,12 +3,12 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
-	"net/http/httputil"
 	"net/netip"
-	"strings"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +18,7 @@ import (
 // goes through. It exists so that Evict can break it off at any moment.
 type stream struct {
 	http.ResponseWriter
+	proxy  *Proxy
 	guest  *guest
 	dest   Destination
 	target requestTarget
@@ -28,6 +29,19 @@ type stream struct {
 	clientCtx context.Context // done when the client has gone
 	upload    *upload         // the request's body; nil without one
 	http1     bool            // the client speaks HTTP/1
+	method    string
+	upgrade   string // the protocol that the client asks to switch to; empty for none
+
+	hop        netip.AddrPort // what the request is sent to: addr, or a host agent before it
+	hopPrefix  string         // what goes before the target's path on the way there
+	host       string         // what the application gets as Host
+	clientHost string         // what the client sent as Host
+	trusted    bool           // the forwarding headers are those of a front and go on as they are
+
+	begun    time.Time
+	status   int   // of the answer; 0 while there is none
+	sent     tally // bytes of the answer's body that went to the client
+	received tally // bytes of the request's body that came from the client
 
 	mu       sync.Mutex
 	aborted  bool     // by Evict
@@ -40,12 +54,16 @@ type stream struct {
 // upload is a request's body that remembers how reading it ended.
 type upload struct {
 	io.ReadCloser
+	count    *tally
 	complete atomic.Bool // read to its proper end
 	broken   atomic.Bool // malformed or broken off
 }
 
 func (u *upload) Read(p []byte) (int, error) {
 	n, err := u.ReadCloser.Read(p)
+	if n > 0 {
+		u.count.Add(int64(n))
+	}
 	switch err {
 	case nil:
 	case io.EOF:
@@ -56,35 +74,67 @@ func (u *upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-type streamKey struct{}
-
-// begin enters a request into the books of its sandbox. It reports false when
-// the proxy is closed.
-func (p *Proxy) begin(w http.ResponseWriter, r *http.Request, d Destination) (*stream, bool) {
+// begin enters a request into the books of its sandbox, unless that has too many
+// already or the proxy is closed: then it returns what to answer.
+func (p *Proxy) begin(w http.ResponseWriter, r *http.Request, d Destination) (*stream, *failure) {
 	s := &stream{
-		ResponseWriter: w, dest: d,
-		clientCtx: r.Context(), http1: r.ProtoMajor == 1,
+		ResponseWriter: w, proxy: p, dest: d, begun: time.Now(),
+		clientCtx: r.Context(), http1: r.ProtoMajor == 1, method: r.Method,
+		upgrade: upgradeOf(r, d), host: r.Host, clientHost: r.Host,
 	}
 	if r.ContentLength != 0 {
-		s.upload = &upload{ReadCloser: r.Body}
+		s.upload = &upload{ReadCloser: r.Body, count: &s.received}
 	}
-	ctx, cancel := context.WithCancel(r.Context())
-	s.ctx, s.cancel = context.WithValue(ctx, streamKey{}, s), cancel
+	s.ctx, s.cancel = context.WithCancel(r.Context())
 
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		cancel()
-		return nil, false
-	}
 	g := p.guests[d.SandboxID]
-	if g == nil {
+	if g == nil && !p.closed {
 		g = p.newGuest(d.SandboxID)
 		p.guests[d.SandboxID] = g
 	}
+	if f := p.refuse(g, d); f != nil {
+		s.cancel()
+		return nil, f
+	}
 	s.guest = g
 	g.streams[s] = struct{}{}
-	return s, true
+	if d.Port != AgentPort {
+		g.users++
+	}
+	return s, nil
+}
+
+// refuse says why a sandbox gets no further stream. The guest agent has a share of
+// its own, which applications cannot use up. Called with p.mu held.
+func (p *Proxy) refuse(g *guest, d Destination) *failure {
+	f := &failure{SandboxID: d.SandboxID, Code: http.StatusServiceUnavailable}
+	agents := 0
+	if g != nil {
+		agents = len(g.streams) - g.users
+	}
+	switch {
+	case p.closed:
+		f.Message = "The proxy is shutting down"
+	case d.Port == AgentPort && agents >= p.limit:
+		f.Message = "Too many requests to the sandbox's guest agent are open at once: end some, then try again"
+	case d.Port != AgentPort && g.users >= p.limit:
+		f.Message, f.Port = "Too many connections to the applications of this sandbox are open at once: close some, then try again", d.Port
+	default:
+		return nil
+	}
+	return f
+}
+
+// aim sets where the request goes.
+func (s *stream) aim(where Target) {
+	s.addr = netip.AddrPortFrom(where.Addr, s.dest.Port)
+	s.hop, s.trusted = s.addr, s.proxy.hop
+	if where.Agent.IsValid() {
+		s.hop = where.Agent
+		s.hopPrefix = pathForm + s.dest.SandboxID + "/" + strconv.Itoa(int(s.dest.Port))
+	}
 }
 
 // end takes it out again.
@@ -97,6 +147,9 @@ func (p *Proxy) end(s *stream) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(s.guest.streams, s)
+	if s.dest.Port != AgentPort {
+		s.guest.users--
+	}
 	p.drop(s.guest)
 }
 
@@ -154,6 +207,7 @@ func (s *stream) WriteHeader(status int) {
 	if aborted {
 		panic(http.ErrAbortHandler)
 	}
+	s.status = status
 	h := s.Header()
 	if h["Content-Type"] == nil {
 		h["Content-Type"] = nil // keeps net/http from guessing one
@@ -167,8 +221,26 @@ func (s *stream) WriteHeader(status int) {
 	s.ResponseWriter.WriteHeader(status)
 }
 
-// Hijack hands out the client's connection and keeps hold of it for abort.
-func (s *stream) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+// switchProtocols takes the client's connection over, after the header that is
+// prepared has been sent as a 101, and keeps hold of it for abort. It also returns
+// what the client has sent already.
+func (s *stream) switchProtocols() (net.Conn, []byte, error) {
+	conn, buf, err := s.hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	early, _ := buf.Reader.Peek(buf.Reader.Buffered())
+	_, err = buf.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
+	err = errors.Join(err, s.Header().Write(buf))
+	_, err2 := buf.WriteString("\r\n")
+	if err = errors.Join(err, err2, buf.Flush()); err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return conn, early, nil
+}
+
+func (s *stream) hijack() (net.Conn, *bufio.ReadWriter, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.aborted {
@@ -181,27 +253,11 @@ func (s *stream) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, buf, err
 }
 
+// stopUpload makes a read of the request's body return that waits for the client.
+func (s *stream) stopUpload() {
+	// An error means that the writer has no deadlines (none of a real server).
+	_ = http.NewResponseController(s.ResponseWriter).SetReadDeadline(time.Unix(1, 0))
+}
+
 // Unwrap gives http.ResponseController the way to the server's writer.
 func (s *stream) Unwrap() http.ResponseWriter { return s.ResponseWriter }
-
-// rewrite turns the client's request into the one to the guest. The host and the
-// target stay what they were; forwarding headers are ours alone, so nobody can
-// pretend to come from elsewhere.
-func rewrite(pr *httputil.ProxyRequest) {
-	s := pr.In.Context().Value(streamKey{}).(*stream)
-	pr.Out.URL = s.target.url(s.addr.String(), strings.TrimPrefix(pr.In.URL.Path, s.dest.Prefix))
-	pr.Out.Header.Del("X-Real-Ip")
-	pr.Out.Header.Del("X-Forwarded-Port")
-	pr.Out.Header.Del("X-Forwarded-Server")
-	pr.Out.Header.Del("X-Forwarded-Prefix")
-	if s.dest.Prefix != "" {
-		pr.Out.Header.Set("X-Forwarded-Prefix", s.dest.Prefix)
-	}
-	pr.SetXForwarded()
-	// The server fills the inbound map in when the body ends; a copy stays empty.
-	// Trailers need a chunked body on HTTP/1.1.
-	pr.Out.Trailer = nil
-	if pr.In.ContentLength < 0 {
-		pr.Out.Trailer = pr.In.Trailer
-	}
-}

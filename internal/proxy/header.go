@@ -1,0 +1,109 @@
+package proxy
+
+import (
+	"net"
+	"net/http"
+	"strings"
+)
+
+// hopByHop are the headers that are between two neighbours and go no further (RFC
+// 9110, 7.6.1, and what older implementations send).
+var hopByHop = map[string]bool{
+	"Connection": true, "Keep-Alive": true, "Proxy-Connection": true, "Proxy-Authenticate": true,
+	"Proxy-Authorization": true, "Te": true, "Trailer": true, "Transfer-Encoding": true, "Upgrade": true,
+}
+
+// forwarding are the headers that say where a request comes from. They are ours
+// alone, so that nobody can pretend to come from elsewhere.
+var forwarding = map[string]bool{
+	"Forwarded": true, "X-Forwarded-For": true, "X-Forwarded-Host": true, "X-Forwarded-Proto": true,
+	"X-Forwarded-Port": true, "X-Forwarded-Server": true, "X-Forwarded-Prefix": true, "X-Real-Ip": true,
+}
+
+// eachHeader calls f for each header line that the guest gets, without what frames
+// the body.
+func (s *stream) eachHeader(r *http.Request, f func(name, value string)) {
+	named := connectionOptions(r.Header)
+	for name, values := range r.Header {
+		if hopByHop[name] || name == "Content-Length" || named[name] || (forwarding[name] && !s.trusted) {
+			continue
+		}
+		for _, value := range values {
+			f(name, value)
+		}
+	}
+	if headerHasToken(r.Header, "Te", "trailers") {
+		f("Te", "trailers")
+	}
+	if s.upgrade != "" {
+		f("Connection", "Upgrade")
+		f("Upgrade", s.upgrade)
+	}
+	if s.trusted {
+		return
+	}
+	if ip, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
+		f("X-Forwarded-For", ip)
+	}
+	f("X-Forwarded-Host", r.Host)
+	if r.TLS != nil {
+		f("X-Forwarded-Proto", "https")
+	} else {
+		f("X-Forwarded-Proto", "http")
+	}
+	if s.dest.Prefix != "" {
+		f("X-Forwarded-Prefix", s.dest.Prefix)
+	}
+}
+
+// connectionOptions are the names that Connection declares to be between two
+// neighbours; nil for none. What routes and guards a request cannot be declared
+// away.
+func connectionOptions(h http.Header) map[string]bool {
+	var named map[string]bool
+	for _, line := range h["Connection"] {
+		for option := range strings.SplitSeq(line, ",") {
+			option = strings.TrimSpace(option)
+			if option == "" || strings.EqualFold(option, "close") || strings.EqualFold(option, "keep-alive") || strings.EqualFold(option, "upgrade") {
+				continue
+			}
+			if named == nil {
+				named = make(map[string]bool)
+			}
+			named[http.CanonicalHeaderKey(option)] = true
+		}
+	}
+	return named
+}
+
+// headerHasToken reports whether a list header has the token, in any letter case.
+func headerHasToken(h http.Header, name, token string) bool {
+	for _, line := range h[name] {
+		for item := range strings.SplitSeq(line, ",") {
+			if strings.EqualFold(strings.TrimSpace(item), token) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// upgradeOf returns the protocol that a request asks to switch to, empty for none.
+// HTTP is never switched to HTTP (RFC 9113 took h2c upgrades out, RFC 2817 is
+// dead): a client would have a connection to the application that nothing looks
+// into any more. The guest agent switches to nothing.
+func upgradeOf(r *http.Request, d Destination) string {
+	if r.ProtoMajor != 1 || r.ProtoMinor < 1 || d.Port == AgentPort || !headerHasToken(r.Header, "Connection", "upgrade") {
+		return ""
+	}
+	protocols := r.Header["Upgrade"]
+	if len(protocols) != 1 {
+		return ""
+	}
+	protocol := strings.ToLower(protocols[0])
+	if strings.ContainsAny(protocol, ", \t") || protocol == "h2c" || protocol == "h2" ||
+		strings.HasPrefix(protocol, "http") || strings.HasPrefix(protocol, "tls") {
+		return ""
+	}
+	return protocols[0]
+}
