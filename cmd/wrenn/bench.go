@@ -29,6 +29,8 @@ func newBenchCmd() *cobra.Command {
 		newBenchmark("churn", "Create and kill in a loop: failures, leaks, growth", 500, "cycles", bench.Churn),
 		newEnvdBenchmark(),
 		newEnvdFloorCmd(),
+		newProxyBenchmark(),
+		newProxyServeCmd(),
 	)
 	return cmd
 }
