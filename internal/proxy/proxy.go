@@ -77,6 +77,7 @@ type Proxy struct {
 
 	mu     sync.Mutex // guards the rest and the insides of every guest
 	guests map[string]*guest
+	open   int // requests under way
 	closed bool
 }
 

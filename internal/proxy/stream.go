@@ -100,6 +100,7 @@ func (p *Proxy) begin(w http.ResponseWriter, r *http.Request, d Destination) (*s
 	}
 	s.guest = g
 	g.streams[s] = struct{}{}
+	p.open++
 	if d.Port != AgentPort {
 		g.users++
 	}
@@ -147,6 +148,7 @@ func (p *Proxy) end(s *stream) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(s.guest.streams, s)
+	p.open--
 	if s.dest.Port != AgentPort {
 		s.guest.users--
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/proxy"
 	"github.com/wrenn/wrenn/internal/sandbox"
+	"github.com/wrenn/wrenn/internal/server"
 )
 
 func TestMain(m *testing.M) {
@@ -76,8 +77,6 @@ type world struct {
 	addr  string // of the proxy
 	http1 *http.Client
 	http2 *http.Client // prior knowledge
-
-	handlers sync.WaitGroup // of the proxy, running
 }
 
 func newWorld(t testing.TB) *world {
@@ -87,17 +86,18 @@ func newWorld(t testing.TB) *world {
 		idB: netip.MustParseAddr("127.0.0.2"),
 	}}}
 	w.proxy = proxy.New(proxy.Config{Resolver: w.sandboxes, Domain: "wrenn.test:8443"})
-	var protocols http.Protocols
-	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true)
-	front := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		w.handlers.Add(1)
-		defer w.handlers.Done()
-		w.proxy.ServeHTTP(rw, r)
-	}))
-	front.Config.Protocols = &protocols
-	front.Start()
-	w.url, w.addr = front.URL, front.Listener.Addr().String()
+	front := server.New(server.Config{Proxy: w.proxy, API: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w.proxy.ServeHTTP(rw, r) // what is for no sandbox is refused here
+	})})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- front.Serve(ctx, server.Listeners{Plain: []net.Listener{ln}}) }()
+	w.addr = ln.Addr().String()
+	w.url = "http://" + w.addr
 
 	w.http1 = &http.Client{Transport: &http.Transport{DisableCompression: true}}
 	var h2c http.Protocols
@@ -106,9 +106,11 @@ func newWorld(t testing.TB) *world {
 	t.Cleanup(func() {
 		w.http1.CloseIdleConnections()
 		w.http2.CloseIdleConnections()
-		w.proxy.Close()
-		front.CloseClientConnections()
 		front.Close()
+		stop()
+		if err := <-served; err != nil {
+			t.Errorf("serve: %v", err)
+		}
 	})
 	return w
 }
@@ -116,12 +118,12 @@ func newWorld(t testing.TB) *world {
 // waitIdle waits until the proxy works on no request any more.
 func (w *world) waitIdle(t testing.TB) {
 	t.Helper()
-	idle := make(chan struct{})
-	go func() { w.handlers.Wait(); close(idle) }()
-	select {
-	case <-idle:
-	case <-time.After(10 * time.Second):
-		t.Fatal("a handler of the proxy is still running after 10 s")
+	deadline := time.Now().Add(10 * time.Second)
+	for w.proxy.OpenStreams() > 0 {
+		if time.Now().After(deadline) {
+			t.Fatal("a handler of the proxy is still running after 10 s")
+		}
+		time.Sleep(time.Millisecond) // between two looks
 	}
 }
 

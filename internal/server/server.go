@@ -10,11 +10,14 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn/wrenn/internal/proxy"
+	"github.com/wrenn/wrenn/internal/server/http1"
 )
 
 const (
@@ -52,6 +55,7 @@ type Server struct {
 	log   *slog.Logger
 	grace time.Duration
 	http  *http.Server
+	plain *http1.Server // accepts, and serves what needs no net/http
 }
 
 // New returns a server; Serve runs it.
@@ -82,14 +86,33 @@ func New(cfg Config) *Server {
 		// "OPTIONS *" gets an answer from the API or a sandbox like all else.
 		DisableGeneralOptionsHandler: true,
 		// Failed handshakes and the like: the clients' doing.
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog:    slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
+	s.plain = http1.New(http1.Config{
+		Take: s.take, HeaderTimeout: readHeaderTimeout, IdleTimeout: idleTimeout, Log: s.log,
+	})
 	return s
+}
+
+// connKey is where the context of a request of net/http has its connection.
+type connKey struct{}
+
+// take picks the requests that need no net/http: those to sandboxes.
+func (s *Server) take(r *http.Request) http.Handler {
+	d, ok, err := s.proxy.Route(r)
+	if err != nil || !ok {
+		return nil
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.proxy.Forward(w, r, d) })
 }
 
 // ServeHTTP hands a request to the sandbox that it names, else to the API. The
 // path is not touched, let alone cleaned.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if c, ok := r.Context().Value(connKey{}).(net.Conn); ok && r.TLS == nil {
+		r.TLS = http1.TLS(c)
+	}
 	d, ok, err := s.proxy.Route(r)
 	switch {
 	case err != nil:
@@ -116,16 +139,22 @@ func (s *Server) Serve(ctx context.Context, l Listeners) error {
 	if len(l.TLS) > 0 && l.TLSConfig == nil {
 		return errors.New("serve: TLS listeners without a TLS configuration")
 	}
-	if l.TLSConfig != nil {
-		s.http.TLSConfig = l.TLSConfig.Clone()
-	}
 	serving, ctx := errgroup.WithContext(ctx)
 	for _, ln := range l.Plain {
-		serving.Go(func() error { return served(ln, s.http.Serve(ln)) })
+		serving.Go(func() error { return served(ln, s.plain.Serve(ln, nil)) })
 	}
-	for _, ln := range l.TLS {
-		serving.Go(func() error { return served(ln, s.http.ServeTLS(ln, "", "")) })
+	if len(l.TLS) > 0 {
+		config := l.TLSConfig.Clone()
+		for _, protocol := range []string{"http/1.1", "h2"} {
+			if !slices.Contains(config.NextProtos, protocol) {
+				config.NextProtos = append([]string{protocol}, config.NextProtos...)
+			}
+		}
+		for _, ln := range l.TLS {
+			serving.Go(func() error { return served(ln, s.plain.Serve(ln, config)) })
+		}
 	}
+	serving.Go(func() error { return served(s.plain, s.http.Serve(s.plain)) })
 	serving.Go(func() error {
 		<-ctx.Done()
 		s.stop()
@@ -136,7 +165,7 @@ func (s *Server) Serve(ctx context.Context, l Listeners) error {
 
 // served drops the error that says that serving ended as asked.
 func served(ln net.Listener, err error) error {
-	if errors.Is(err, http.ErrServerClosed) {
+	if errors.Is(err, http.ErrServerClosed) || errors.Is(err, net.ErrClosed) {
 		return nil
 	}
 	return fmt.Errorf("serve on %s: %w", ln.Addr(), err)
@@ -145,15 +174,28 @@ func served(ln net.Listener, err error) error {
 func (s *Server) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), s.grace)
 	defer cancel()
+	// Requests that wait for a sandbox would not end by themselves.
+	context.AfterFunc(ctx, s.proxy.Close)
+	var ending sync.WaitGroup
+	ending.Go(func() {
+		if err := s.plain.Shutdown(ctx); err != nil {
+			s.log.Info("breaking off the requests that are still under way", "after", s.grace)
+		}
+	})
 	if err := s.http.Shutdown(ctx); err != nil {
 		s.log.Info("breaking off the requests that are still under way", "after", s.grace)
 	}
+	ending.Wait()
 	s.Close()
 }
 
 // Close stops at once: every connection is closed, every stream broken off.
 func (s *Server) Close() {
 	s.proxy.Close()
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	// The error says that something was broken off.
+	_ = s.plain.Shutdown(now)
 	// The error is that of a listener which is closed already.
 	_ = s.http.Close()
 }
