@@ -6,11 +6,13 @@ import (
 	"os"
 
 	"github.com/wrenn/wrenn/internal/runtime/gvisor/runsc"
+	"github.com/wrenn/wrenn/internal/server/xconnect"
 )
 
 func main() {
 	if runsc.Invoked(os.Args[0]) {
 		runsc.Main() // does not return
 	}
+	xconnect.Restore()
 	os.Exit(execute())
 }

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/proxy"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -37,6 +38,7 @@ type Agent struct {
 	log   *slog.Logger
 	slots *network.Pool
 	ended *obituaries
+	data  *proxy.Proxy
 
 	ctx    context.Context // ends when the agent does
 	cancel context.CancelFunc
@@ -63,6 +65,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 		ended:     newObituaries(),
 		sandboxes: make(map[sandbox.ID]*managed),
 	}
+	a.data = proxy.New(proxy.Config{Resolver: guests{a}, Hop: true, Log: a.log})
 	if err := os.MkdirAll(a.sandboxesDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make agent directory: %w", err)
 	}
@@ -117,6 +120,7 @@ func (a *Agent) close() {
 	defer a.mu.Unlock()
 	a.closed = true
 	a.cancel()
+	a.data.Close()
 	for _, m := range a.sandboxes {
 		m.cancel()
 	}

@@ -121,6 +121,7 @@ func (a *Agent) teardown(m *managed, end sandbox.State, reason string, announce 
 		// running, and the next agent finds it dead and frees the same things.
 		a.log.Warn("journal sandbox as stopping", "sandbox", m.id, "err", err)
 	}
+	a.data.Evict(string(m.id))
 	if _, _, c := m.status(); c != nil {
 		c.Close()
 	}

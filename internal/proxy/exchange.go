@@ -82,7 +82,7 @@ func (e *exchange) roundTrip() (*http.Response, error) {
 	if err := writeHeader(c.bw, s, r); err != nil {
 		return nil, err
 	}
-	if s.upload == nil {
+	if s.upload == nil || s.extended { // what a WebSocket has to say comes later
 		if err := c.bw.Flush(); err != nil {
 			return nil, err
 		}
@@ -120,7 +120,7 @@ func (e *exchange) readAnswer() (*http.Response, error) {
 func (e *exchange) readHeader() (*http.Response, error) {
 	c := e.conn
 	c.budget = maxResponseHeader
-	res, err := http.ReadResponse(c.br, e.request)
+	res, err := http.ReadResponse(c.br, &http.Request{Method: e.stream.method})
 	c.budget = -1
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
@@ -336,7 +336,7 @@ func (e *exchange) abandon() {
 
 // writeHeader writes the request line and the header of a request to a guest.
 func writeHeader(w *bufio.Writer, s *stream, r *http.Request) error {
-	w.WriteString(r.Method)
+	w.WriteString(s.method)
 	w.WriteByte(' ')
 	w.WriteString(s.hopPrefix)
 	w.WriteString(s.target.path)
@@ -353,15 +353,17 @@ func writeHeader(w *bufio.Writer, s *stream, r *http.Request) error {
 		w.WriteString(value)
 		w.WriteString("\r\n")
 	})
-	if s.upload == nil {
+	switch {
+	case s.extended:
+	case s.upload == nil:
 		if r.Method == http.MethodPost || r.Method == http.MethodPut || r.Method == http.MethodPatch {
 			w.WriteString("Content-Length: 0\r\n")
 		}
-	} else if r.ContentLength >= 0 {
+	case r.ContentLength >= 0:
 		w.WriteString("Content-Length: ")
 		w.WriteString(strconv.FormatInt(r.ContentLength, 10))
 		w.WriteString("\r\n")
-	} else {
+	default:
 		w.WriteString("Transfer-Encoding: chunked\r\n")
 		for name := range r.Trailer {
 			w.WriteString("Trailer: ")

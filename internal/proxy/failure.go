@@ -66,6 +66,10 @@ func (p *Proxy) failForward(s *stream, out *http.Request, err error) {
 		panic(http.ErrAbortHandler)
 	case errors.As(err, &dial):
 		p.log.Debug("dial guest", "sandbox", s.dest.SandboxID, "port", s.dest.Port, "error", err)
+		if s.hopPrefix != "" {
+			s.fail(out, failure{SandboxID: s.dest.SandboxID, Message: "The host of the sandbox cannot be reached just now; try again in a moment", Code: http.StatusServiceUnavailable})
+			return
+		}
 		s.fail(out, p.unreachable(s))
 	case s.upload != nil && s.upload.broken.Load():
 		s.fail(out, failure{SandboxID: s.dest.SandboxID, Message: "The request body is malformed", Code: http.StatusBadRequest})

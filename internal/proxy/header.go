@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"crypto/rand"
+	"encoding/base64"
 	"net"
 	"net/http"
 	"strings"
@@ -25,12 +27,18 @@ var forwarding = map[string]bool{
 func (s *stream) eachHeader(r *http.Request, f func(name, value string)) {
 	named := connectionOptions(r.Header)
 	for name, values := range r.Header {
-		if hopByHop[name] || name == "Content-Length" || named[name] || (forwarding[name] && !s.trusted) {
+		if name[0] == ':' || hopByHop[name] || name == "Content-Length" || named[name] || (forwarding[name] && !s.trusted) {
 			continue
 		}
 		for _, value := range values {
 			f(name, value)
 		}
+	}
+	if s.extended {
+		// HTTP/2 has no use for it (RFC 8441, 5), and the guest answers to it.
+		key := make([]byte, 16)
+		rand.Read(key) // never fails
+		f("Sec-Websocket-Key", base64.StdEncoding.EncodeToString(key))
 	}
 	if headerHasToken(r.Header, "Te", "trailers") {
 		f("Te", "trailers")
@@ -93,7 +101,12 @@ func headerHasToken(h http.Header, name, token string) bool {
 // dead): a client would have a connection to the application that nothing looks
 // into any more. The guest agent switches to nothing.
 func upgradeOf(r *http.Request, d Destination) string {
-	if r.ProtoMajor != 1 || r.ProtoMinor < 1 || d.Port == AgentPort || !headerHasToken(r.Header, "Connection", "upgrade") {
+	switch {
+	case d.Port == AgentPort:
+		return ""
+	case isExtendedConnect(r):
+		return "websocket"
+	case r.ProtoMajor != 1 || r.ProtoMinor < 1 || r.ContentLength != 0 || !headerHasToken(r.Header, "Connection", "upgrade"):
 		return ""
 	}
 	protocols := r.Header["Upgrade"]
@@ -106,4 +119,10 @@ func upgradeOf(r *http.Request, d Destination) string {
 		return ""
 	}
 	return protocols[0]
+}
+
+// isExtendedConnect reports whether a request asks for a WebSocket over HTTP/2 (RFC
+// 8441). net/http puts the pseudo-header among the others, where no client can.
+func isExtendedConnect(r *http.Request) bool {
+	return r.ProtoMajor == 2 && r.Method == http.MethodConnect && len(r.Header[":protocol"]) == 1 && r.Header[":protocol"][0] == "websocket"
 }

@@ -16,7 +16,11 @@ const pathForm = "/proxy/"
 // parsePath reads the sandbox out of an escaped path of the path form. The prefix
 // of the destination is what the application does not see.
 func parsePath(escaped string) (Destination, error) {
-	id, rest, _ := strings.Cut(strings.TrimPrefix(escaped, pathForm), "/")
+	rest, ok := strings.CutPrefix(escaped, pathForm)
+	if !ok {
+		return Destination{}, errInvalidPath
+	}
+	id, rest, _ := strings.Cut(rest, "/")
 	port, _, _ := strings.Cut(rest, "/")
 	d, err := parseDestination(id, port)
 	d.Prefix = pathForm + id + "/" + port

@@ -16,6 +16,7 @@ const (
 
 var (
 	errInvalidHost = sandbox.Errorf(sandbox.ErrInvalid, "Invalid host: want {port}-{sandbox id}.{domain}")
+	errInvalidPath = sandbox.Errorf(sandbox.ErrInvalid, "Invalid path: want /proxy/{sandbox id}/{port}/…")
 	errInvalidID   = sandbox.Errorf(sandbox.ErrInvalid, "Invalid sandbox ID: want letters a-z and digits")
 	errInvalidPort = sandbox.Errorf(sandbox.ErrInvalid, "Invalid sandbox port: want 1 to 65535")
 	errHeaders     = sandbox.Errorf(sandbox.ErrInvalid, "Invalid routing headers: want %s and %s, once each", HeaderSandboxID, HeaderSandboxPort)
@@ -44,7 +45,13 @@ type Destination struct {
 // Without a domain a host of exactly the form "{port}-{id}.…" is a sandbox
 // whatever its suffix is, which makes localhost and wildcard DNS services work
 // without configuration.
+//
+// For the data plane of a host agent the path alone decides, see Config.Hop.
 func (p *Proxy) Route(r *http.Request) (Destination, bool, error) {
+	if p.hop {
+		d, err := parsePath(escapedPath(r))
+		return d, true, err
+	}
 	host := hostname(r.Host)
 	if label, ok := underDomain(host, p.domain); ok {
 		switch label {

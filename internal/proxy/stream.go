@@ -29,8 +29,9 @@ type stream struct {
 	clientCtx context.Context // done when the client has gone
 	upload    *upload         // the request's body; nil without one
 	http1     bool            // the client speaks HTTP/1
-	method    string
-	upgrade   string // the protocol that the client asks to switch to; empty for none
+	method    string          // of the request to the guest
+	extended  bool            // the client asks for a WebSocket over HTTP/2
+	upgrade   string          // the protocol that the client asks to switch to; empty for none
 
 	hop        netip.AddrPort // what the request is sent to: addr, or a host agent before it
 	hopPrefix  string         // what goes before the target's path on the way there
@@ -81,6 +82,9 @@ func (p *Proxy) begin(w http.ResponseWriter, r *http.Request, d Destination) (*s
 		ResponseWriter: w, proxy: p, dest: d, begun: time.Now(),
 		clientCtx: r.Context(), http1: r.ProtoMajor == 1, method: r.Method,
 		upgrade: upgradeOf(r, d), host: r.Host, clientHost: r.Host,
+	}
+	if s.extended = s.upgrade != "" && r.ProtoMajor == 2; s.extended {
+		s.method = http.MethodGet
 	}
 	if r.ContentLength != 0 {
 		s.upload = &upload{ReadCloser: r.Body, count: &s.received}

@@ -22,6 +22,10 @@ func (e *exchange) upgrade(res *http.Response) {
 		return
 	}
 	copyAnswerHeader(s.Header(), res)
+	if s.extended {
+		e.bridge()
+		return
+	}
 	s.Header().Set("Connection", "Upgrade")
 	s.Header().Set("Upgrade", res.Header.Get("Upgrade"))
 	client, early, err := s.switchProtocols()
@@ -44,6 +48,44 @@ func (e *exchange) upgrade(res *http.Response) {
 		s.sent.Add(int64(len(first)))
 	}
 	splice(client, c.Conn, s, &s.proxy.buffers)
+}
+
+// bridge carries a WebSocket between an HTTP/2 stream of the client and the guest.
+func (e *exchange) bridge() {
+	c, s := e.conn, e.stream
+	delete(s.Header(), "Sec-Websocket-Accept")
+	s.WriteHeader(http.StatusOK)
+	s.flush()
+	var up sync.WaitGroup
+	up.Go(func() {
+		if _, err := io.Copy(struct{ io.Writer }{c.guestConn}, s.upload); err != nil {
+			e.conn.interrupt()
+			return
+		}
+		_ = c.CloseWrite() // fails only on a closed connection
+	})
+	buf := s.proxy.buffers.Get()
+	defer s.proxy.buffers.Put(buf)
+	for {
+		n, err := c.br.Read(buf)
+		if n > 0 {
+			if _, werr := s.ResponseWriter.Write(buf[:n]); werr != nil {
+				err = werr
+			}
+			s.sent.Add(int64(n))
+			s.flush()
+		}
+		if err == nil {
+			continue
+		}
+		c.close()
+		s.stopUpload()
+		up.Wait()
+		if err != io.EOF {
+			panic(http.ErrAbortHandler)
+		}
+		return
+	}
 }
 
 // splice carries bytes both ways until both directions have ended or one has

@@ -35,6 +35,7 @@ const (
 type sandboxes struct {
 	mu    sync.Mutex
 	addrs map[string]netip.Addr
+	agent netip.AddrPort // of all of them; may be invalid
 	err   error
 }
 
@@ -48,7 +49,7 @@ func (s *sandboxes) Resolve(_ context.Context, id string) (proxy.Target, error) 
 	if !ok {
 		return proxy.Target{}, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s not found", id)
 	}
-	return proxy.Target{SandboxID: id, Addr: addr}, nil
+	return proxy.Target{SandboxID: id, Addr: addr, Agent: s.agent}, nil
 }
 
 func (s *sandboxes) add(id, addr string) {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/proxy"
 	"github.com/wrenn/wrenn/internal/server/http1"
+	_ "github.com/wrenn/wrenn/internal/server/xconnect" // WebSockets over HTTP/2
 )
 
 const (
