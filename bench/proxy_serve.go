@@ -133,6 +133,9 @@ func (onLoopback) Resolve(_ context.Context, id string) (proxy.Target, error) {
 // process of its own: the server and the proxy that `wrenn up` runs, with what they
 // log and count. It prints its address to out, and ends when in does.
 func ServeProxy(in io.Reader, out io.Writer, dir string) error {
+	if _, err := server.RaiseFileLimit(); err != nil {
+		return err
+	}
 	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		return err

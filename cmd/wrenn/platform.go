@@ -61,6 +61,9 @@ func startPlatform(ctx context.Context, dir dataDir, opts upOptions, progress io
 			err = errors.Join(err, p.stop(false))
 		}
 	}()
+	if files, err := server.RaiseFileLimit(); err != nil || files < 1<<16 {
+		log.Warn("few files may be open at once, and each connection to a sandbox takes two", "files", files, "error", err)
+	}
 	// First, because it fails most often and costs nothing.
 	listeners, err := p.listen()
 	if err != nil {

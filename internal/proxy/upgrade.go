@@ -12,6 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// idleBuffer is what a direction holds that cannot wait without a buffer, in bytes.
+const idleBuffer = 4 << 10
+
 // upgrade makes the client's connection and the guest's one, after the guest has
 // agreed to another protocol.
 func (e *exchange) upgrade(res *http.Response) {
@@ -58,22 +61,17 @@ func (e *exchange) bridge() {
 	s.flush()
 	var up sync.WaitGroup
 	up.Go(func() {
-		if _, err := io.Copy(struct{ io.Writer }{c.guestConn}, s.upload); err != nil {
+		// A small buffer, for an idle one holds it too.
+		if _, err := io.CopyBuffer(struct{ io.Writer }{c.guestConn}, s.upload, make([]byte, idleBuffer)); err != nil {
 			e.conn.interrupt()
 			return
 		}
 		_ = c.CloseWrite() // fails only on a closed connection
 	})
-	buf := s.proxy.buffers.Get()
-	defer s.proxy.buffers.Put(buf)
 	for {
-		n, err := c.br.Read(buf)
-		if n > 0 {
-			if _, werr := s.ResponseWriter.Write(buf[:n]); werr != nil {
-				err = werr
-			}
-			s.sent.Add(int64(n))
-			s.flush()
+		_, err := c.br.Peek(1)
+		if err == nil {
+			err = e.passOn()
 		}
 		if err == nil {
 			continue
@@ -86,6 +84,20 @@ func (e *exchange) bridge() {
 		}
 		return
 	}
+}
+
+// passOn passes on what the guest has sent.
+func (e *exchange) passOn() error {
+	s := e.stream
+	buf := s.proxy.buffers.Get()
+	defer s.proxy.buffers.Put(buf)
+	n, err := e.conn.br.Read(buf)
+	if _, werr := s.ResponseWriter.Write(buf[:n]); werr != nil {
+		return werr
+	}
+	s.sent.Add(int64(n))
+	s.flush()
+	return err
 }
 
 // splice carries bytes both ways until both directions have ended or one has
@@ -113,6 +125,10 @@ func closeBoth(a, b net.Conn) {
 // pump copies until the source ends, which it passes on as half a close.
 func pump(to, from net.Conn, count *tally, buffers *bufferPool) error {
 	wait := waiterOf(from)
+	var small []byte
+	if wait == nil {
+		small = make([]byte, 4*idleBuffer) // a record of TLS
+	}
 	for {
 		if wait != nil {
 			// An idle connection holds no buffer: there may be ten thousands.
@@ -120,15 +136,8 @@ func pump(to, from net.Conn, count *tally, buffers *bufferPool) error {
 				return err
 			}
 		}
-		buf := buffers.Get()
-		n, err := from.Read(buf)
-		if n > 0 {
-			if _, werr := to.Write(buf[:n]); werr != nil {
-				err = werr
-			}
-			count.Add(int64(n))
-		}
-		buffers.Put(buf)
+		n, err := pumpOnce(to, from, small, buffers)
+		count.Add(int64(n))
 		switch {
 		case err == io.EOF:
 			return closeWrite(to)
@@ -136,6 +145,22 @@ func pump(to, from net.Conn, count *tally, buffers *bufferPool) error {
 			return err
 		}
 	}
+}
+
+// pumpOnce carries what can be read at once, through own or a buffer that it borrows.
+func pumpOnce(to io.Writer, from io.Reader, own []byte, buffers *bufferPool) (int, error) {
+	buf := own
+	if buf == nil {
+		buf = buffers.Get()
+		defer buffers.Put(buf)
+	}
+	n, err := from.Read(buf)
+	if n > 0 {
+		if _, werr := to.Write(buf[:n]); werr != nil {
+			err = werr
+		}
+	}
+	return n, err
 }
 
 // closeWrite ends one direction; where a connection has no such thing, all of it.
