@@ -139,7 +139,7 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 		Store: db, Agent: hostAgent, HostID: hostID, MasterKey: master, Log: p.log,
 		OnGone: func(id string) { p.proxy.Evict(id) },
 	})
-	p.proxy = proxy.New(proxy.Config{Resolver: p.plane, Domain: p.opts.Domain, Log: p.log})
+	p.proxy = proxy.New(proxy.Config{Resolver: p.plane, Domain: p.opts.Domain, Log: p.log, Limit: p.opts.Connections})
 	team, err := p.admitOperator(ctx)
 	if err != nil {
 		return err

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/wrenn/wrenn/internal/proxy"
 )
 
 // upOptions are what `wrenn up` can be told. They are kept in the lock file, so
@@ -31,6 +33,7 @@ type upOptions struct {
 	AllowCIDRs  []netip.Prefix `json:"allow_cidrs"`
 	Resolver    netip.Addr     `json:"resolver"`
 	ReadySlots  int            `json:"ready_slots"`
+	Connections int            `json:"connections"`
 }
 
 func newUpCmd() *cobra.Command {
@@ -76,6 +79,7 @@ Python in a new sandbox, and returns.`,
 	f.StringSliceVar(&allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
 	f.StringVar(&dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
 	f.IntVar(&opts.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
+	f.IntVar(&opts.Connections, "connections-per-sandbox", proxy.DefaultLimit, "requests and WebSockets open at once to the applications of one sandbox")
 	f.BoolVar(&detach, "detach", false, "start in the background and check that it works")
 	return cmd
 }
@@ -110,6 +114,9 @@ func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
 	o.Domain = strings.ToLower(o.Domain)
 	if o.ReadySlots < 1 || o.ReadySlots > 256 {
 		return usageErrorf("--ready-slots: want 1 to 256")
+	}
+	if o.Connections < 1 {
+		return usageErrorf("--connections-per-sandbox: want more than 0")
 	}
 	return nil
 }

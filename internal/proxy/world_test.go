@@ -82,11 +82,18 @@ type world struct {
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
+	return newWorldWith(t, proxy.Config{})
+}
+
+// newWorldWith sets what is not set of cfg.
+func newWorldWith(t testing.TB, cfg proxy.Config) *world {
+	t.Helper()
 	w := &world{sandboxes: &sandboxes{addrs: map[string]netip.Addr{
 		idA: netip.MustParseAddr("127.0.0.1"),
 		idB: netip.MustParseAddr("127.0.0.2"),
 	}}}
-	w.proxy = proxy.New(proxy.Config{Resolver: w.sandboxes, Domain: "wrenn.test:8443"})
+	cfg.Resolver, cfg.Domain = w.sandboxes, "wrenn.test:8443"
+	w.proxy = proxy.New(cfg)
 	front := server.New(server.Config{Proxy: w.proxy, API: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w.proxy.ServeHTTP(rw, r) // what is for no sandbox is refused here
 	})})
