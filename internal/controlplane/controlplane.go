@@ -7,9 +7,6 @@ package controlplane
 
 import (
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn/wrenn/api/proto/hostagent/hostagentconnect"
+	"github.com/wrenn/wrenn/internal/proxy"
 	"github.com/wrenn/wrenn/internal/sandbox"
 	"github.com/wrenn/wrenn/internal/store"
 )
@@ -84,7 +82,7 @@ func New(cfg Config) *ControlPlane {
 	}
 	return &ControlPlane{
 		cfg: cfg, log: cfg.Log, boxes: cfg.Store.Sandboxes(),
-		live:         live{entries: make(map[sandbox.ID]liveEntry)},
+		live:         live{entries: make(map[sandbox.ID]proxy.Target)},
 		ops:          operations{creating: make(map[sandbox.ID]*creation), ending: make(map[sandbox.ID]*ending)},
 		keys:         keyCache{entries: make(map[[32]byte]cachedKey)},
 		expiry:       expiry{wake: make(chan struct{}, 1)},
@@ -126,14 +124,6 @@ func (c *ControlPlane) purge(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
-}
-
-// AccessToken is the token that envd of a sandbox wants where it is secured. It
-// is derived, so that it can be shown to the owner again and is stored nowhere.
-func (c *ControlPlane) AccessToken(id sandbox.ID) string {
-	mac := hmac.New(sha256.New, c.cfg.MasterKey)
-	mac.Write([]byte("envd:" + string(id)))
-	return hex.EncodeToString(mac.Sum(nil))
 }
 
 // owned returns the record of the team's sandbox, ended or not. Sandboxes of

@@ -23,6 +23,8 @@ type CreateRequest struct {
 	EnvVars             map[string]string
 	Secured             bool
 	AllowInternetAccess bool
+	Protected           bool              // ports want the traffic token; needs Secured
+	MaskRequestHost     string            // see sandbox.CheckMaskRequestHost; may be empty
 	Resources           sandbox.Resources // zero fields: the template's
 }
 
@@ -31,6 +33,9 @@ type CreateRequest struct {
 // nobody knows its id.
 func (c *ControlPlane) Create(ctx context.Context, teamID string, req CreateRequest) (sandbox.Sandbox, error) {
 	if err := c.checkTimeout(req.Timeout); err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	if err := checkAccess(req); err != nil {
 		return sandbox.Sandbox{}, err
 	}
 	tpl, err := c.Template(ctx, teamID, req.Template)
@@ -50,6 +55,7 @@ func (c *ControlPlane) Create(ctx context.Context, teamID string, req CreateRequ
 			TemplateID: tpl.ID, BuildID: tpl.BuildID, Resources: res,
 			EnvVars: maps.Clone(req.EnvVars), Metadata: maps.Clone(req.Metadata),
 			Secured: req.Secured, AllowInternetAccess: req.AllowInternetAccess, Timeout: req.Timeout,
+			Protected: req.Protected, MaskRequestHost: req.MaskRequestHost,
 		},
 	}
 	rpcCtx, cancel := context.WithTimeout(ctx, createLimit)
@@ -98,7 +104,7 @@ func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, tpl store.
 	b.Started, b.Ends = now, now.Add(b.Spec.Timeout)
 	// Reachable before it is recorded as running: a kill may come from then on,
 	// and what it forgets must not be remembered after it.
-	c.remember(b.ID, addr)
+	c.remember(*b, addr)
 	err = c.boxes.Transition(context.WithoutCancel(ctx), b.ID, sandbox.Starting, store.Change{
 		State: sandbox.Running, Address: b.Address, EnvdVersion: b.EnvdVersion, Started: b.Started, Ends: b.Ends,
 	})

@@ -11,20 +11,18 @@ import (
 )
 
 // live is what the data plane asks about on every request: where running
-// sandboxes are.
+// sandboxes are, and who may reach them.
 type live struct {
 	mu      sync.RWMutex
-	entries map[sandbox.ID]liveEntry
+	entries map[sandbox.ID]proxy.Target
 	loaded  bool // entries has all that run, not only what this process made
 }
 
-type liveEntry struct{ addr netip.Addr }
-
 // remember makes a sandbox reachable.
-func (c *ControlPlane) remember(id sandbox.ID, addr netip.Addr) {
+func (c *ControlPlane) remember(b sandbox.Sandbox, addr netip.Addr) {
 	c.live.mu.Lock()
 	defer c.live.mu.Unlock()
-	c.live.entries[id] = liveEntry{addr}
+	c.live.entries[b.ID] = c.target(b, addr)
 }
 
 // forget makes a sandbox unreachable and cuts its connections.
@@ -52,17 +50,17 @@ func (c *ControlPlane) loadLive(ctx context.Context) error {
 			c.log.Error("sandbox has an unusable address", "sandbox", b.ID, "err", err)
 			continue
 		}
-		c.live.entries[b.ID] = liveEntry{addr}
+		c.live.entries[b.ID] = c.target(b, addr)
 	}
 	c.live.loaded = true
 	return nil
 }
 
-// Resolve says where a running sandbox is reached; sandbox.ErrNotFound when
+// Resolve says where a running sandbox is reached and by whom; sandbox.ErrNotFound when
 // there is none of that id. It implements proxy.Resolver.
 func (c *ControlPlane) Resolve(ctx context.Context, id string) (proxy.Target, error) {
 	c.live.mu.RLock()
-	e, found := c.live.entries[sandbox.ID(id)]
+	target, found := c.live.entries[sandbox.ID(id)]
 	loaded := c.live.loaded
 	c.live.mu.RUnlock()
 	if !found && !loaded {
@@ -74,5 +72,5 @@ func (c *ControlPlane) Resolve(ctx context.Context, id string) (proxy.Target, er
 	if !found {
 		return proxy.Target{}, sandbox.ErrNotFound
 	}
-	return proxy.Target{SandboxID: id, Addr: e.addr}, nil
+	return target, nil
 }

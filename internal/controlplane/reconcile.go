@@ -236,7 +236,7 @@ func (c *ControlPlane) follows(b sandbox.Sandbox, s *hostagent.SandboxStatus) {
 	}
 	c.live.mu.Lock()
 	if _, found := c.live.entries[b.ID]; found {
-		c.live.entries[b.ID] = liveEntry{addr}
+		c.live.entries[b.ID] = c.target(b, addr)
 	}
 	c.live.mu.Unlock()
 	c.log.Info("sandbox is reached elsewhere now", "sandbox", b.ID, "address", addr)

@@ -141,6 +141,6 @@ var failurePage = template.Must(template.New("failure").Parse(`<html lang="en">
 code{background:#eee;padding:.1em .3em}@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}code{background:#333}}</style></head>
 <body><h1>{{.Message}}</h1>
 {{if .SandboxID}}<p>Sandbox <code>{{.SandboxID}}</code>{{if .Port}}, port <code>{{.Port}}</code>{{end}}</p>{{end}}
-{{if .Port}}<p>Start a server on port {{.Port}} inside the sandbox, then load this page again.</p>{{end}}
+{{if and .Port (eq .Code 502)}}<p>Start a server on port {{.Port}} inside the sandbox, then load this page again.</p>{{end}}
 <p>Status {{.Code}}</p></body></html>
 `))

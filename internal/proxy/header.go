@@ -15,20 +15,16 @@ var hopByHop = map[string]bool{
 	"Proxy-Authorization": true, "Te": true, "Trailer": true, "Transfer-Encoding": true, "Upgrade": true,
 }
 
-// forwarding are the headers that say where a request comes from. They are ours
-// alone, so that nobody can pretend to come from elsewhere.
-var forwarding = map[string]bool{
-	"Forwarded": true, "X-Forwarded-For": true, "X-Forwarded-Host": true, "X-Forwarded-Proto": true,
-	"X-Forwarded-Port": true, "X-Forwarded-Server": true, "X-Forwarded-Prefix": true, "X-Real-Ip": true,
-}
-
 // eachHeader calls f for each header line that the guest gets, without what frames
 // the body.
 func (s *stream) eachHeader(r *http.Request, f func(name, value string)) {
 	named := connectionOptions(r.Header)
 	for name, values := range r.Header {
-		if name[0] == ':' || hopByHop[name] || name == "Content-Length" || named[name] || (forwarding[name] && !s.trusted) {
+		if name[0] == ':' || hopByHop[name] || name == "Content-Length" || named[name] {
 			continue
+		}
+		if !s.trusted {
+			values = s.forApplication(name, values)
 		}
 		for _, value := range values {
 			f(name, value)

@@ -26,6 +26,7 @@ const AgentPort = 49983
 type Target struct {
 	SandboxID string
 	Addr      netip.Addr // at which all its ports are reached on its host
+	Access    Access     // who may reach them
 	// Agent is where the data plane of the sandbox's host agent listens, when the
 	// sandbox is on another host: then requests go there, see Config.Hop.
 	Agent netip.AddrPort
@@ -158,7 +159,9 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 		return
 	}
 	s.aim(where)
-	p.carry(s, r)
+	if s.admit(r, where.Access) {
+		p.carry(s, r)
+	}
 }
 
 // carry sends the request on and the answer back.

@@ -32,7 +32,8 @@ func parsePath(escaped string) (Destination, error) {
 type origin struct {
 	dest Destination
 	addr netip.AddrPort // at which the proxy reaches it
-	host string         // the Host header of the request
+	host string         // the Host header of the client's request
+	mask string         // that of the application's, where it is another one; else empty
 }
 
 // rewriteAnswer puts right what an application says about where it is: it does not
@@ -48,7 +49,7 @@ func (s *stream) rewriteAnswer() {
 		h.Del("Service-Worker-Allowed")
 		h.Del("Clear-Site-Data")
 	}
-	o := origin{s.dest, s.addr, s.clientHost}
+	o := origin{s.dest, s.addr, s.clientHost, s.mask}
 	for _, name := range []string{"Location", "Content-Location"} {
 		for i, value := range h[name] {
 			h[name][i] = o.rewriteURL(value)
@@ -129,18 +130,23 @@ func (o origin) prefixed(target string) string {
 // internal reports whether an authority is of this sandbox, by an address that is
 // of no use to a client, and of which port.
 func (o origin) internal(scheme, authority string) (uint16, bool) {
+	implied := "80"
+	if scheme == "https" {
+		implied = "443"
+	}
 	host, text, err := net.SplitHostPort(authority)
 	if err != nil {
-		host, text = strings.Trim(authority, "[]"), "80"
-		if scheme == "https" {
-			text = "443"
-		}
+		host, text = strings.Trim(authority, "[]"), implied
 	}
 	port, err := strconv.ParseUint(text, 10, 16)
 	if err != nil || port == 0 {
 		return 0, false
 	}
-	if host = strings.ToLower(host); host == "localhost" {
+	host = strings.ToLower(host)
+	if o.mask != "" && host == hostname(o.mask) {
+		return o.masked(uint16(port), text == implied)
+	}
+	if host == "localhost" {
 		return uint16(port), true
 	}
 	addr, err := netip.ParseAddr(host)
@@ -149,6 +155,20 @@ func (o origin) internal(scheme, authority string) (uint16, bool) {
 	}
 	addr = addr.Unmap()
 	return uint16(port), addr.IsLoopback() || addr.IsUnspecified() || addr.IsLinkLocalUnicast() || addr == o.addr.Addr()
+}
+
+// masked reports which port of this sandbox the mask's name is with a port; implied,
+// if the scheme's own. A mask that ends in the application's port speaks for the
+// other ports too; any other is the application alone.
+func (o origin) masked(port uint16, implied bool) (uint16, bool) {
+	_, own, err := net.SplitHostPort(o.mask)
+	switch text := strconv.Itoa(int(port)); {
+	case err == nil && own == text, err != nil && (implied || port == o.dest.Port):
+		return o.dest.Port, true
+	case err == nil && own == strconv.Itoa(int(o.dest.Port)):
+		return port, true
+	}
+	return 0, false
 }
 
 // neighbour returns how the client reaches another port of the same sandbox.

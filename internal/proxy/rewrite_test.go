@@ -164,3 +164,44 @@ func FuzzParsePath(f *testing.F) {
 		}
 	})
 }
+
+func TestAMaskedHostIsTheApplication(t *testing.T) {
+	const neighbour = "//8888-" + rewriteID + ".wrenn.test:8443"
+	for _, tc := range []struct{ mask, ref, byHost, byPath string }{
+		{"app.test:3000", "http://app.test:3000/next", "/next", "+/next"},
+		{"app.test:3000", "https://APP.test:3000", "/", "+/"},
+		{"app.test:3000", "//app.test:3000/next", "/next", "+/next"},
+		{"app.test:3000", "http://me@app.test:3000?a=b", "/?a=b", "+/?a=b"},
+		{"app.test:3000", "http://app.test:8888/next", neighbour + "/next", "/proxy/" + rewriteID + "/8888/next"},
+		{"app.test:3000", "http://www.app.test:3000/next", "=", "="},
+		{"app.test:3000", "http://app.test.evil:3000/next", "=", "="},
+		{"app.test", "http://app.test/next", "/next", "+/next"},
+		{"app.test", "https://app.test:443/next", "/next", "+/next"},
+		{"app.test", "http://app.test:3000/next", "/next", "+/next"},
+		{"app.test", "http://app.test:8888/next", "=", "="},
+		{"app.test:80", "http://app.test/next", "/next", "+/next"},
+		{"app.test:80", "http://app.test:8888/next", "=", "="},
+		{"localhost:3000", "http://localhost:8888/next", neighbour + "/next", "/proxy/" + rewriteID + "/8888/next"},
+		{"[2001:db8::1]:3000", "http://[2001:db8::1]:3000/next", "/next", "+/next"},
+		{"app.test:3000", "http://:3000/next", "=", "="},
+		// As the client knows it: some applications go by X-Forwarded-Host.
+		{"app.test:3000", "https://3000-" + rewriteID + ".wrenn.test:8443/next", "=", "="},
+	} {
+		for o, want := range map[*origin]string{&byHost: tc.byHost, &byPath: tc.byPath} {
+			masked := *o
+			masked.mask = tc.mask
+			want = strings.Replace(want, "+", byPath.dest.Prefix, 1)
+			if want == "=" {
+				want = tc.ref
+			}
+			if got := masked.rewriteURL(tc.ref); got != want {
+				t.Errorf("as %s on %s: %q became %q, want %q", tc.mask, o.host, tc.ref, got, want)
+			}
+		}
+	}
+	masked := byHost
+	masked.mask = "app.test:3000"
+	if got := masked.rewriteCookie("a=b; Domain=app.test; Path=/"); got != "a=b; Path=/" {
+		t.Errorf("a cookie of the masked host became %q", got)
+	}
+}

@@ -47,11 +47,24 @@ type Destination struct {
 // without configuration.
 //
 // For the data plane of a host agent the path alone decides, see Config.Hop.
+//
+// The host is that of the request target where the target has one, as RFC 9112,
+// 3.2.2 wants it, else of the Host header; in HTTP/2 it is the authority. It is
+// also what the application gets. The name that TLS was opened with plays no part:
+// browsers use one connection for all hosts of a certificate.
 func (p *Proxy) Route(r *http.Request) (Destination, bool, error) {
 	if p.hop {
 		d, err := parsePath(escapedPath(r))
 		return d, true, err
 	}
+	d, ok, err := p.route(r)
+	if ok && err == nil && !plainHost(r.Host) {
+		err = errInvalidHost
+	}
+	return d, ok, err
+}
+
+func (p *Proxy) route(r *http.Request) (Destination, bool, error) {
 	host := hostname(r.Host)
 	if label, ok := underDomain(host, p.domain); ok {
 		switch label {
@@ -164,6 +177,20 @@ func validID(id string) bool {
 		}
 	}
 	return true
+}
+
+// plainHost reports whether a Host is a name or address with or without a port. Of
+// what more the syntax allows, some ends in pages and logs of applications.
+func plainHost(host string) bool {
+	const name = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+	rest := strings.TrimLeft(host, name)
+	if address, found := strings.CutPrefix(host, "["); found {
+		if rest, found = strings.CutPrefix(strings.TrimLeft(address, name+":%"), "]"); !found {
+			return false
+		}
+	}
+	port, found := strings.CutPrefix(rest, ":")
+	return rest == "" || found && len(port) <= len("65535") && strings.Trim(port, "0123456789") == ""
 }
 
 // hostname returns the name in a Host header or domain: lower case, without

@@ -37,6 +37,7 @@ type stream struct {
 	hopPrefix  string         // what goes before the target's path on the way there
 	host       string         // what the application gets as Host
 	clientHost string         // what the client sent as Host
+	mask       string         // host, where it is another than clientHost
 	trusted    bool           // the forwarding headers are those of a front and go on as they are
 
 	begun    time.Time

@@ -23,6 +23,8 @@ type Spec struct {
 	Secured             bool              // envd wants an access token
 	AllowInternetAccess bool
 	Timeout             time.Duration // time to live from start
+	Protected           bool          // ports other than envd's want the traffic token or a preview link
+	MaskRequestHost     string        // Host that its applications see, see CheckMaskRequestHost; empty: the client's
 }
 
 // Sandbox is the control plane's record of one sandbox.

@@ -16,10 +16,11 @@ type sandboxes struct{ *Store }
 
 const (
 	sandboxColumns = `id, team_id, host_id, template_id, build_id, alias, cpus, memory_mib, disk_mib, pids,
-		metadata, secured, allow_internet, timeout, state, reason, address, envd_version, created, started, ends, ended`
+		metadata, secured, allow_internet, timeout, state, reason, address, envd_version, created, started, ends, ended,
+		protected, mask_request_host`
 
 	sandboxInsertSQL = `INSERT INTO sandboxes (` + sandboxColumns + `)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)`
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24)`
 
 	metadataInsertSQL = `INSERT INTO sandbox_metadata (sandbox_id, name, value) VALUES ($1, $2, $3)`
 
@@ -54,7 +55,8 @@ func (s sandboxes) Insert(ctx context.Context, b sandbox.Sandbox) error {
 	_, err = tx.StmtContext(ctx, s.stmts.sandboxInsert).ExecContext(ctx,
 		b.ID, b.TeamID, b.HostID, b.Spec.TemplateID, b.Spec.BuildID, b.Alias, r.CPUs, r.MemoryMiB, r.DiskMiB, r.PIDs,
 		string(text), b.Spec.Secured, b.Spec.AllowInternetAccess, int64(b.Spec.Timeout), b.State, b.Reason, b.Address,
-		b.EnvdVersion, nanos(b.Created), nanos(b.Started), nanos(b.Ends), nanos(b.Ended))
+		b.EnvdVersion, nanos(b.Created), nanos(b.Started), nanos(b.Ends), nanos(b.Ended),
+		b.Spec.Protected, b.Spec.MaskRequestHost)
 	if err != nil {
 		return kind(err, "sandbox")
 	}
@@ -137,7 +139,8 @@ func scanSandbox(r row) (sandbox.Sandbox, error) {
 	res := &b.Spec.Resources
 	err := r.Scan(&b.ID, &b.TeamID, &b.HostID, &b.Spec.TemplateID, &b.Spec.BuildID, &b.Alias,
 		&res.CPUs, &res.MemoryMiB, &res.DiskMiB, &res.PIDs, &metadata, &b.Spec.Secured, &b.Spec.AllowInternetAccess,
-		&timeout, &b.State, &b.Reason, &b.Address, &b.EnvdVersion, &created, &started, &ends, &ended)
+		&timeout, &b.State, &b.Reason, &b.Address, &b.EnvdVersion, &created, &started, &ends, &ended,
+		&b.Spec.Protected, &b.Spec.MaskRequestHost)
 	if err != nil {
 		return b, kind(err, "sandbox")
 	}

@@ -63,6 +63,30 @@ func TestADatabaseOfANewerSchemaIsRefused(t *testing.T) {
 	}
 }
 
+func TestSandboxesOfAnOlderSchemaArePublicAsTheyWere(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "wrenn.db")
+	s := open(t, path)
+	if err := s.Teams().Insert(t.Context(), store.Team{ID: "t1", Slug: "t1"}); err != nil {
+		t.Fatal(err)
+	}
+	b := storetest.Sandbox(0)
+	if err := s.Sandboxes().Insert(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	for _, older := range []string{
+		`ALTER TABLE sandboxes DROP COLUMN mask_request_host`, `ALTER TABLE sandboxes DROP COLUMN protected`,
+		`DELETE FROM goose_db_version WHERE version_id >= 3`,
+	} {
+		if _, err := s.write.Exec(older); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := open(t, path).Sandboxes().Get(t.Context(), b.ID)
+	if err != nil || got.Spec.Protected || got.Spec.MaskRequestHost != "" {
+		t.Errorf("after the migration: %+v, %v", got, err)
+	}
+}
+
 func TestTheDatabaseIsWhereItWasAskedToBe(t *testing.T) {
 	dir := t.TempDir()
 	open(t, filepath.Join(dir, "odd ?#%.db"))

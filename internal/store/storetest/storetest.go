@@ -139,6 +139,7 @@ func testInsert(t *testing.T, s store.Store) {
 	b.Reason, b.Ended = "why", Epoch.Add(2*time.Hour)
 	b.Spec.Metadata = map[string]string{"a": "b c", "ü\"'": "%_\\", "": "empty name"}
 	b.Spec.EnvVars = map[string]string{"TOKEN": "secret"}
+	b.Spec.Protected, b.Spec.MaskRequestHost = true, "app.test:${PORT}"
 	must(t, s.Sandboxes().Insert(t.Context(), b))
 	got, err := s.Sandboxes().Get(t.Context(), b.ID)
 	must(t, err)
