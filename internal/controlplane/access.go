@@ -58,7 +58,7 @@ func (c *ControlPlane) PreviewLink(ctx context.Context, teamID string, id sandbo
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	expires := time.Now().Add(d).Truncate(time.Second)
+	expires := time.Unix(time.Now().Add(d+time.Second-1).Unix(), 0) // rounded up: never less than asked for
 	return proxy.SignLink(c.derive("preview-link", b.ID), string(b.ID), uint16(port), expires), expires, nil
 }
 

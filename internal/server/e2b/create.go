@@ -106,6 +106,8 @@ func (n newSandbox) request(defaultTimeout int64, secured bool) (controlplane.Cr
 			return req, err
 		}
 		req.AllowInternetAccess = req.AllowInternetAccess && !denyAll
+		req.Protected = n.Network.AllowPublicTraffic != nil && !*n.Network.AllowPublicTraffic
+		req.MaskRequestHost = n.Network.MaskRequestHost
 	}
 	return req, nil
 }
@@ -158,8 +160,9 @@ func (n newSandbox) checkServed() error {
 	return nil
 }
 
-// check refuses network settings that are not served; the one that is: to deny
-// everything, which is the same as no access to the internet.
+// check refuses network settings that are not served. Of those for the way out
+// the one that is: to deny everything, which is the same as no access to the
+// internet.
 func (n networkConfig) check() (denyAll bool, err error) {
 	denyAll = len(n.DenyOut) > 0 && !slices.ContainsFunc(n.DenyOut, func(s string) bool { return s != allTraffic })
 	switch {
@@ -167,10 +170,6 @@ func (n networkConfig) check() (denyAll bool, err error) {
 		err = notServed("network.allowOut")
 	case len(n.DenyOut) > 0 && !denyAll:
 		err = notServed("network.denyOut of anything but " + allTraffic)
-	case n.AllowPublicTraffic != nil && !*n.AllowPublicTraffic:
-		err = notServed("network.allowPublicTraffic: false")
-	case n.MaskRequestHost != "":
-		err = notServed("network.maskRequestHost")
 	case len(n.HTTPSPorts) > 0:
 		err = notServed("network.httpsPorts")
 	case len(n.EgressProxy) > 0:

@@ -23,6 +23,7 @@ import (
 type ControlPlane interface {
 	Authenticate(ctx context.Context, apiKey string) (store.Team, error)
 	AccessToken(id sandbox.ID) string
+	TrafficToken(id sandbox.ID) string
 
 	Create(ctx context.Context, teamID string, req controlplane.CreateRequest) (sandbox.Sandbox, error)
 	Get(ctx context.Context, teamID string, id sandbox.ID) (sandbox.Sandbox, error)
@@ -35,6 +36,7 @@ type ControlPlane interface {
 	Metrics(ctx context.Context, teamID string, id sandbox.ID, start, end time.Time) ([]controlplane.Metric, error)
 	LatestMetrics(ctx context.Context, teamID string, ids []sandbox.ID) (map[sandbox.ID]controlplane.Metric, error)
 	Logs(ctx context.Context, teamID string, id sandbox.ID, from time.Time) ([]controlplane.LogEntry, error)
+	PreviewLink(ctx context.Context, teamID string, id sandbox.ID, port int, d time.Duration) (string, time.Time, error)
 
 	Template(ctx context.Context, teamID, ref string) (store.Template, error)
 	Templates(ctx context.Context, teamID string) ([]store.Template, error)
@@ -44,6 +46,7 @@ type ControlPlane interface {
 type Config struct {
 	ControlPlane ControlPlane
 	Domain       string // of the data plane, may hold a port; empty: clients use their own
+	TLS          bool   // the domain is served over TLS, for clients on other machines
 	EnvdVersion  string // said of sandboxes whose record has none
 	Log          *slog.Logger
 }
@@ -51,6 +54,7 @@ type Config struct {
 type api struct {
 	plane       ControlPlane
 	domain      string
+	tls         bool
 	envdVersion string
 	log         *slog.Logger
 	routes      []route
@@ -58,7 +62,7 @@ type api struct {
 
 // New returns the handler of the API.
 func New(cfg Config) http.Handler {
-	a := &api{plane: cfg.ControlPlane, domain: cfg.Domain, envdVersion: cfg.EnvdVersion, log: cfg.Log}
+	a := &api{plane: cfg.ControlPlane, domain: cfg.Domain, tls: cfg.TLS, envdVersion: cfg.EnvdVersion, log: cfg.Log}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}

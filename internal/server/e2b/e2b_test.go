@@ -265,8 +265,9 @@ func TestGetShowsEveryField(t *testing.T) {
 		got := r.object(r.do("GET", "/sandboxes/"+path, nil), 200)
 		same(t, "fields", keys(got), []string{
 			"alias", "allowInternetAccess", "clientID", "cpuCount", "diskSizeMB", "domain", "endAt", "envdAccessToken", "envdVersion",
-			"lifecycle", "memoryMB", "metadata", "sandboxID", "startedAt", "state", "templateID",
+			"lifecycle", "memoryMB", "metadata", "network", "sandboxID", "startedAt", "state", "templateID",
 		})
+		same(t, "network", got["network"], any(map[string]any{"allowPublicTraffic": true}))
 		same(t, "metadata", got["metadata"], any(map[string]any{"a": "b"}))
 		same(t, "state", got["state"], any("running"))
 		same(t, "token", got["envdAccessToken"], created["envdAccessToken"])

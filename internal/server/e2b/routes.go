@@ -35,6 +35,9 @@ func (a *api) table() []route {
 		{method: "GET", pattern: "/sandboxes/{sandboxID}/logs", handle: a.logsV1},
 		{method: "GET", pattern: "/v2/sandboxes/{sandboxID}/logs", handle: a.logsV2},
 
+		// Not of E2B: this platform's own.
+		{method: "POST", pattern: "/sandboxes/{sandboxID}/preview-links", handle: a.previewLink},
+
 		{method: "GET", pattern: "/templates", handle: a.listTemplates},
 		{method: "GET", pattern: "/v2/templates", handle: a.listTemplates},
 		{method: "GET", pattern: "/templates/{templateID}", handle: a.getTemplate},

@@ -13,13 +13,14 @@ const clientID = "00000000"
 
 // sandboxResponse is what create and connect answer.
 type sandboxResponse struct {
-	TemplateID      string  `json:"templateID"`
-	SandboxID       string  `json:"sandboxID"`
-	Alias           string  `json:"alias,omitempty"`
-	ClientID        string  `json:"clientID"`
-	EnvdVersion     string  `json:"envdVersion"`
-	EnvdAccessToken string  `json:"envdAccessToken,omitempty"`
-	Domain          *string `json:"domain"` // null: the client's own
+	TemplateID         string  `json:"templateID"`
+	SandboxID          string  `json:"sandboxID"`
+	Alias              string  `json:"alias,omitempty"`
+	ClientID           string  `json:"clientID"`
+	EnvdVersion        string  `json:"envdVersion"`
+	EnvdAccessToken    string  `json:"envdAccessToken,omitempty"`
+	TrafficAccessToken string  `json:"trafficAccessToken,omitempty"`
+	Domain             *string `json:"domain"` // null: the client's own
 }
 
 // listedSandbox is an element of a list.
@@ -41,10 +42,19 @@ type listedSandbox struct {
 // sandboxDetail is what get answers.
 type sandboxDetail struct {
 	listedSandbox
-	EnvdAccessToken     string    `json:"envdAccessToken,omitempty"`
-	Domain              *string   `json:"domain"`
-	AllowInternetAccess bool      `json:"allowInternetAccess"`
-	Lifecycle           lifecycle `json:"lifecycle"`
+	EnvdAccessToken     string        `json:"envdAccessToken,omitempty"`
+	TrafficAccessToken  string        `json:"trafficAccessToken,omitempty"`
+	Domain              *string       `json:"domain"`
+	AllowInternetAccess bool          `json:"allowInternetAccess"`
+	Network             networkDetail `json:"network"`
+	Lifecycle           lifecycle     `json:"lifecycle"`
+}
+
+// networkDetail is what a sandbox was created with, defaults filled in.
+type networkDetail struct {
+	DenyOut            []string `json:"denyOut,omitempty"`
+	AllowPublicTraffic bool     `json:"allowPublicTraffic"`
+	MaskRequestHost    string   `json:"maskRequestHost,omitempty"`
 }
 
 type lifecycle struct {
@@ -55,7 +65,8 @@ type lifecycle struct {
 func (a *api) sandbox(b sandbox.Sandbox) sandboxResponse {
 	return sandboxResponse{
 		TemplateID: b.Spec.TemplateID, SandboxID: string(b.ID), Alias: b.Alias, ClientID: clientID,
-		EnvdVersion: a.envdVersionOf(b), EnvdAccessToken: a.accessToken(b), Domain: a.domainOrNull(),
+		EnvdVersion: a.envdVersionOf(b), EnvdAccessToken: a.accessToken(b), TrafficAccessToken: a.trafficToken(b),
+		Domain: a.domainOrNull(),
 	}
 }
 
@@ -92,6 +103,21 @@ func (a *api) accessToken(b sandbox.Sandbox) string {
 	return a.plane.AccessToken(b.ID)
 }
 
+func (a *api) trafficToken(b sandbox.Sandbox) string {
+	if !b.Spec.Protected {
+		return ""
+	}
+	return a.plane.TrafficToken(b.ID)
+}
+
+func networkOf(b sandbox.Sandbox) networkDetail {
+	n := networkDetail{AllowPublicTraffic: !b.Spec.Protected, MaskRequestHost: b.Spec.MaskRequestHost}
+	if !b.Spec.AllowInternetAccess {
+		n.DenyOut = []string{allTraffic}
+	}
+	return n
+}
+
 func (a *api) domainOrNull() *string {
 	if a.domain == "" {
 		return nil
@@ -109,8 +135,8 @@ func (a *api) get(c *call) error {
 		return err
 	}
 	return writeJSON(c.w, http.StatusOK, sandboxDetail{
-		listedSandbox: a.listed(b), EnvdAccessToken: a.accessToken(b), Domain: a.domainOrNull(),
-		AllowInternetAccess: b.Spec.AllowInternetAccess, Lifecycle: lifecycle{OnTimeout: "kill"},
+		listedSandbox: a.listed(b), EnvdAccessToken: a.accessToken(b), TrafficAccessToken: a.trafficToken(b), Domain: a.domainOrNull(),
+		AllowInternetAccess: b.Spec.AllowInternetAccess, Network: networkOf(b), Lifecycle: lifecycle{OnTimeout: "kill"},
 	})
 }
 
