@@ -249,7 +249,7 @@ func (p *platform) admitOperator(ctx context.Context) (store.Team, error) {
 }
 
 func (p *platform) serve(l server.Listeners) {
-	api := e2b.New(e2b.Config{ControlPlane: p.plane, Domain: p.opts.Domain, Log: p.log})
+	api := e2b.New(e2b.Config{ControlPlane: p.plane, Domain: p.opts.Domain, TLS: len(l.TLS) > 0, Log: p.log})
 	front := server.New(server.Config{API: api, Proxy: p.proxy, Log: p.log})
 	p.run("server", func(ctx context.Context) error { return front.Serve(ctx, l) })
 }

@@ -34,6 +34,7 @@ one.`,
 		newSandboxShellCmd(),
 		newSandboxKillCmd(),
 		newSandboxCopyCmd(),
+		newSandboxLinkCmd(),
 	)
 	return cmd
 }

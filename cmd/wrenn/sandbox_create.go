@@ -13,7 +13,8 @@ func newSandboxCreateCmd() *cobra.Command {
 	var template string
 	var timeout time.Duration
 	var metadata, env []string
-	var noInternet, asJSON bool
+	var noInternet, protected, asJSON bool
+	var maskHost string
 	cmd := &cobra.Command{
 		Use:   "create",
 		Short: "Create a sandbox and print its id",
@@ -22,7 +23,7 @@ func newSandboxCreateCmd() *cobra.Command {
 			if timeout <= 0 {
 				return usageErrorf("--timeout must be more than nothing")
 			}
-			request := client.CreateRequest{TemplateID: template, Timeout: timeout}
+			request := client.CreateRequest{TemplateID: template, Timeout: timeout, Protected: protected, MaskRequestHost: maskHost}
 			var err error
 			if request.Metadata, err = parsePairs("--metadata", metadata); err != nil {
 				return err
@@ -54,6 +55,8 @@ func newSandboxCreateCmd() *cobra.Command {
 	f.StringArrayVar(&metadata, "metadata", nil, "label KEY=VALUE; may be repeated")
 	f.StringArrayVarP(&env, "env", "e", nil, "environment variable of all its processes NAME=VALUE, or NAME to take the value from here; may be repeated")
 	f.BoolVar(&noInternet, "no-internet", false, "give the sandbox no access to the internet")
-	f.BoolVar(&asJSON, "json", false, "print a JSON object, access token included")
+	f.BoolVar(&protected, "protected", false, "let nobody reach its ports without the traffic token or a preview link")
+	f.StringVar(&maskHost, "mask-host", "", "Host header that its applications get, HOST[:PORT]; ${PORT} stands for the port's number")
+	f.BoolVar(&asJSON, "json", false, "print a JSON object, access tokens included")
 	return cmd
 }

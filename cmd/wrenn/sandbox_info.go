@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/wrenn/wrenn/internal/client"
 )
 
 func newSandboxInfoCmd() *cobra.Command {
@@ -35,13 +37,22 @@ func newSandboxInfoCmd() *cobra.Command {
 				{"disk", fmt.Sprintf("%d MiB", info.DiskSizeMB)},
 				{"started", info.StartedAt.Format(time.RFC3339)},
 				{"ends", info.EndAt.Format(time.RFC3339)},
+				{"ports", ports(info)},
 				{"envd", info.EnvdVersion},
 				{"metadata", joinPairs(info.Metadata)},
 			})
 		},
 	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, access token included")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, access tokens included")
 	return cmd
+}
+
+// ports says who may reach the sandbox's ports.
+func ports(info client.Info) string {
+	if info.TrafficAccessToken != "" {
+		return "protected"
+	}
+	return "public"
 }
 
 // idArgs checks that there is one id.

@@ -12,20 +12,21 @@ import (
 // Info is what the control API tells about a sandbox. Create leaves out
 // what only Get and List know (times, sizes, state, metadata).
 type Info struct {
-	SandboxID       string            `json:"sandboxID"`
-	TemplateID      string            `json:"templateID"`
-	Alias           string            `json:"alias,omitempty"`
-	ClientID        string            `json:"clientID,omitempty"`
-	State           string            `json:"state,omitempty"`
-	StartedAt       time.Time         `json:"startedAt,omitzero"`
-	EndAt           time.Time         `json:"endAt,omitzero"`
-	CPUCount        int               `json:"cpuCount,omitempty"`
-	MemoryMB        int64             `json:"memoryMB,omitempty"`
-	DiskSizeMB      int64             `json:"diskSizeMB,omitempty"`
-	Metadata        map[string]string `json:"metadata,omitempty"`
-	EnvdVersion     string            `json:"envdVersion,omitempty"`
-	EnvdAccessToken string            `json:"envdAccessToken,omitempty"` // a secret: for envd only
-	Domain          string            `json:"domain,omitempty"`
+	SandboxID          string            `json:"sandboxID"`
+	TemplateID         string            `json:"templateID"`
+	Alias              string            `json:"alias,omitempty"`
+	ClientID           string            `json:"clientID,omitempty"`
+	State              string            `json:"state,omitempty"`
+	StartedAt          time.Time         `json:"startedAt,omitzero"`
+	EndAt              time.Time         `json:"endAt,omitzero"`
+	CPUCount           int               `json:"cpuCount,omitempty"`
+	MemoryMB           int64             `json:"memoryMB,omitempty"`
+	DiskSizeMB         int64             `json:"diskSizeMB,omitempty"`
+	Metadata           map[string]string `json:"metadata,omitempty"`
+	EnvdVersion        string            `json:"envdVersion,omitempty"`
+	EnvdAccessToken    string            `json:"envdAccessToken,omitempty"`    // a secret: for envd only
+	TrafficAccessToken string            `json:"trafficAccessToken,omitempty"` // a secret: for the other ports, where they are protected
+	Domain             string            `json:"domain,omitempty"`
 }
 
 // CreateRequest describes a sandbox to create. Zero values leave the choice to
@@ -36,6 +37,13 @@ type CreateRequest struct {
 	Metadata            map[string]string
 	EnvVars             map[string]string
 	AllowInternetAccess *bool
+	Protected           bool   // ports want the traffic token or a preview link
+	MaskRequestHost     string // Host that its applications see; empty: the client's
+}
+
+type network struct {
+	AllowPublicTraffic *bool  `json:"allowPublicTraffic,omitempty"`
+	MaskRequestHost    string `json:"maskRequestHost,omitempty"`
 }
 
 // Create starts a sandbox and returns when it serves. Its processes and files are
@@ -47,7 +55,11 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (Info, error) {
 		Metadata            map[string]string `json:"metadata,omitempty"`
 		EnvVars             map[string]string `json:"envVars,omitempty"`
 		AllowInternetAccess *bool             `json:"allow_internet_access,omitempty"`
-	}{r.TemplateID, seconds(r.Timeout), r.Metadata, r.EnvVars, r.AllowInternetAccess}
+		Network             network           `json:"network,omitzero"`
+	}{r.TemplateID, seconds(r.Timeout), r.Metadata, r.EnvVars, r.AllowInternetAccess, network{MaskRequestHost: r.MaskRequestHost}}
+	if r.Protected {
+		body.Network.AllowPublicTraffic = new(bool)
+	}
 	var info Info
 	_, err := c.call(ctx, "create sandbox", http.MethodPost, "/v2/sandboxes", body, &info)
 	return info, err
@@ -82,6 +94,23 @@ func (c *Client) Refresh(ctx context.Context, id string, d time.Duration) error 
 	}{seconds(d)}
 	_, err := c.call(ctx, "refresh sandbox", http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/refreshes", body, nil)
 	return err
+}
+
+// PreviewLink is a URL whose bearer reaches a port for a while.
+type PreviewLink struct {
+	URL       string    `json:"url"` // a secret as long as it holds
+	ExpiresAt time.Time `json:"expiresAt"`
+}
+
+// PreviewLink makes a preview link that holds for d, at most 7 days.
+func (c *Client) PreviewLink(ctx context.Context, id string, port uint16, d time.Duration) (PreviewLink, error) {
+	body := struct {
+		Port      uint16 `json:"port"`
+		ExpiresIn int64  `json:"expiresIn"`
+	}{port, seconds(d)}
+	var link PreviewLink
+	_, err := c.call(ctx, "make preview link", http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/preview-links", body, &link)
+	return link, err
 }
 
 // ListQuery says which sandboxes to list. The zero value lists all.

@@ -63,6 +63,7 @@ func New(t testing.TB) *Platform {
 	mux.HandleFunc("DELETE /sandboxes/{id}", p.kill)
 	mux.HandleFunc("POST /sandboxes/{id}/timeout", p.timeout)
 	mux.HandleFunc("POST /sandboxes/{id}/refreshes", p.timeout)
+	mux.HandleFunc("POST /sandboxes/{id}/preview-links", p.previewLink)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("E2b-Sandbox-Id") != "" {
 			p.forward(w, r)
@@ -146,6 +147,10 @@ func (p *Platform) create(w http.ResponseWriter, r *http.Request) {
 		Timeout    int64             `json:"timeout"`
 		Metadata   map[string]string `json:"metadata"`
 		EnvVars    map[string]string `json:"envVars"`
+		Network    struct {
+			AllowPublicTraffic *bool
+			MaskRequestHost    string
+		} `json:"network"`
 	}
 	if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
 		fail(w, http.StatusBadRequest, err.Error())
@@ -161,6 +166,9 @@ func (p *Platform) create(w http.ResponseWriter, r *http.Request) {
 		State: "running", StartedAt: now, EndAt: now.Add(time.Duration(cmp.Or(body.Timeout, 300)) * time.Second),
 		CPUCount: 2, MemoryMB: 512, DiskSizeMB: 1024, Metadata: body.Metadata, EnvdVersion: envd.Version,
 		EnvdAccessToken: "token-" + string(sandbox.NewID()),
+	}
+	if public := body.Network.AllowPublicTraffic; public != nil && !*public {
+		info.TrafficAccessToken = "traffic for " + body.Network.MaskRequestHost
 	}
 	g, err := startGuest(info, body.EnvVars)
 	if err != nil {
@@ -290,6 +298,24 @@ func (p *Platform) timeout(w http.ResponseWriter, r *http.Request) {
 	g.info.EndAt = time.Now().Add(time.Duration(body.Timeout+body.Duration) * time.Second)
 	p.mu.Unlock()
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// previewLink makes links that say what was asked for and lead nowhere.
+func (p *Platform) previewLink(w http.ResponseWriter, r *http.Request) {
+	var body struct{ Port, ExpiresIn int }
+	g := p.find(r.PathValue("id"))
+	if g == nil {
+		fail(w, http.StatusNotFound, p.notFound(r.PathValue("id")))
+		return
+	}
+	if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+		fail(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	answer(w, http.StatusCreated, client.PreviewLink{
+		URL:       fmt.Sprintf("%s/proxy/%s/%d/?seconds=%d", p.URL, g.info.SandboxID, body.Port, body.ExpiresIn),
+		ExpiresAt: time.Now().Add(time.Duration(body.ExpiresIn) * time.Second),
+	})
 }
 
 // list decodes the metadata filter as E2B's servers do: once more than the query.
