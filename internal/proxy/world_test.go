@@ -36,6 +36,7 @@ type sandboxes struct {
 	mu    sync.Mutex
 	addrs map[string]netip.Addr
 	agent netip.AddrPort // of all of them; may be invalid
+	rules map[string]proxy.Access
 	err   error
 }
 
@@ -49,7 +50,17 @@ func (s *sandboxes) Resolve(_ context.Context, id string) (proxy.Target, error) 
 	if !ok {
 		return proxy.Target{}, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s not found", id)
 	}
-	return proxy.Target{SandboxID: id, Addr: addr, Agent: s.agent}, nil
+	return proxy.Target{SandboxID: id, Addr: addr, Agent: s.agent, Access: s.rules[id]}, nil
+}
+
+// rule says who may reach a sandbox. Without it everybody may.
+func (s *sandboxes) rule(id string, a proxy.Access) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rules == nil {
+		s.rules = make(map[string]proxy.Access)
+	}
+	s.rules[id] = a
 }
 
 func (s *sandboxes) add(id, addr string) {
