@@ -59,7 +59,7 @@ func (p *Proxy) Route(r *http.Request) (Destination, bool, error) {
 	}
 	d, ok, err := p.route(r)
 	if ok && err == nil && !plainHost(r.Host) {
-		err = errInvalidHost
+		return Destination{}, true, errInvalidHost
 	}
 	return d, ok, err
 }
