@@ -205,7 +205,7 @@ func (e *exchange) sendBody() error {
 	if err := chunked.Close(); err != nil { // the last chunk, without the line that ends the trailers
 		return err
 	}
-	if err := r.Trailer.Write(w); err != nil {
+	if err := applicationTrailer(r.Trailer).Write(w); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(w, "\r\n"); err != nil {
@@ -365,7 +365,7 @@ func writeHeader(w *bufio.Writer, s *stream, r *http.Request) error {
 		w.WriteString("\r\n")
 	default:
 		w.WriteString("Transfer-Encoding: chunked\r\n")
-		for name := range r.Trailer {
+		for name := range applicationTrailer(r.Trailer) {
 			w.WriteString("Trailer: ")
 			w.WriteString(name)
 			w.WriteString("\r\n")

@@ -27,7 +27,7 @@ func (s *stream) eachHeader(r *http.Request, f func(name, value string)) {
 			values = s.forApplication(name, values)
 		}
 		for _, value := range values {
-			f(name, value)
+			f(name, strings.Trim(value, " \t")) // HTTP/2 lets them through
 		}
 	}
 	if s.extended {

@@ -125,6 +125,11 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 		writeFailure(w, r, failure{Message: "CONNECT is not served here", Code: http.StatusMethodNotAllowed})
 		return
 	}
+	closesOld(w, r)
+	if wrong := malformed(r); wrong != "" {
+		writeFailure(w, r, failure{Message: wrong, Code: http.StatusBadRequest})
+		return
+	}
 	target, ok := rawTarget(r)
 	if !ok {
 		writeFailure(w, r, failure{Message: "The request target is malformed", Code: http.StatusBadRequest})

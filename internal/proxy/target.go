@@ -19,7 +19,7 @@ type requestTarget struct {
 // false for a target that would not be one word of a request line.
 func rawTarget(r *http.Request) (requestTarget, bool) {
 	uri := r.RequestURI
-	if i := strings.Index(uri, "://"); i > 0 && !strings.ContainsAny(uri[:i], "/?") {
+	if i := strings.Index(uri, "://"); i > 0 && r.ProtoMajor == 1 && !strings.ContainsAny(uri[:i], "/?") {
 		// Absolute form; the authority is in r.Host already.
 		rest := uri[i+len("://"):]
 		uri = "/"
