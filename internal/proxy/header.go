@@ -20,7 +20,8 @@ var hopByHop = map[string]bool{
 func (s *stream) eachHeader(r *http.Request, f func(name, value string)) {
 	named := connectionOptions(r.Header)
 	for name, values := range r.Header {
-		if name[0] == ':' || hopByHop[name] || name == "Content-Length" || named[name] {
+		// HTTP/2 may have a Host beside the authority, which is the host.
+		if name[0] == ':' || hopByHop[name] || name == "Content-Length" || name == "Host" || named[name] {
 			continue
 		}
 		if !s.trusted {

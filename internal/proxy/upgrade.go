@@ -20,7 +20,7 @@ const idleBuffer = 4 << 10
 func (e *exchange) upgrade(res *http.Response) {
 	c, s := e.conn, e.stream
 	defer e.abandon()
-	if agreed := res.Header.Get("Upgrade"); !strings.EqualFold(agreed, s.upgrade) {
+	if agreed := res.Header.Get("Upgrade"); s.upgrade == "" || !strings.EqualFold(agreed, s.upgrade) {
 		s.fail(e.request, notAnswered(s.dest))
 		return
 	}
