@@ -1,6 +1,7 @@
 package proxy_test
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -201,6 +202,28 @@ func TestAPreviewLinkBecomesACookieInABrowser(t *testing.T) {
 			if diff := cmp.Diff(want, *c); diff != "" {
 				t.Errorf("%s, %s: cookie (-want +got):\n%s", form, version, diff)
 			}
+		}
+	}
+}
+
+func TestThePreviewCookieStaysOnTLS(t *testing.T) {
+	f := newFront(t)
+	f.rule(idA, protected)
+	port := guest(t, tell)
+	for scheme, addr := range map[string]string{"http": f.plain, "https": f.tls} {
+		transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+		defer transport.CloseIdleConnections()
+		req, err := http.NewRequestWithContext(t.Context(), "GET", fmt.Sprintf("%s://%s/proxy/%s/%d/?wrenn_preview=%s", scheme, addr, idA, port, linkTo(port, time.Hour)), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, err := transport.RoundTrip(asBrowser(req))
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if c := res.Cookies(); len(c) != 1 || c[0].Secure != (scheme == "https") {
+			t.Errorf("%s: %s with cookies %v", scheme, res.Status, c)
 		}
 	}
 }

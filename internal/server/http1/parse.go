@@ -27,7 +27,7 @@ func (c *conn) parse() (*http.Request, int, verdict) {
 	if i < 0 {
 		// A line that ends without CR is not for us, and may never get to an end
 		// that is looked for.
-		if n := bytes.IndexByte(c.buf, '\n'); n == 0 || (n > 0 && c.buf[n-1] != '\r') {
+		if bytes.Count(c.buf, []byte("\n")) != bytes.Count(c.buf, []byte("\r\n")) {
 			return nil, 0, headForeign
 		}
 		return nil, 0, headIncomplete

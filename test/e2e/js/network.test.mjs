@@ -211,6 +211,89 @@ describe('a WebSocket', () => {
   })
 })
 
+describe('a sandbox without public traffic', () => {
+  let guarded
+  before(async () => {
+    guarded = await Sandbox.create('base', {
+      timeoutMs: 120_000, network: { allowPublicTraffic: false, maskRequestHost: 'custom-host.example.com:${PORT}' },
+    })
+    await guarded.files.write('streams.py', testdata('streams.py'))
+    const server = await guarded.commands.run('exec python3 streams.py 9001', { background: true, timeoutMs: 0 })
+    server.wait().catch(() => {})
+    await eventually('port 9001', async () => (await get(guarded.trafficAccessToken)).ok)
+  })
+  after(async () => { await guarded?.kill() })
+  const get = (token, path = '/headers') =>
+    fetch(origin(guarded, 9001) + path, token === undefined ? {} : { headers: { 'e2b-traffic-access-token': token } })
+
+  it('is reached with its traffic access token only', async () => {
+    for (const token of [undefined, '', 'wrong', guarded.trafficAccessToken.slice(1)]) {
+      const response = await get(token)
+      assert.equal(response.status, 403)
+      const body = await response.json()
+      assert.deepEqual([body.sandboxId, body.port, body.code], [guarded.sandboxId, 9001, 403])
+    }
+    const response = await get(guarded.trafficAccessToken)
+    assert.equal(response.status, 200)
+    assert.ok(!Object.keys(await response.json()).some((name) => name.toLowerCase().includes('traffic')))
+  })
+
+  it('does not ask for the token at its guest agent', async () => {
+    assert.equal((await guarded.commands.run('echo hello')).stdout, 'hello\n')
+    assert.equal(await guarded.isRunning(), true)
+  })
+
+  it('shows the token again to whoever connects', async () => {
+    const again = await Sandbox.connect(guarded.sandboxId)
+    assert.equal(again.trafficAccessToken, guarded.trafficAccessToken)
+    assert.equal(sandbox.trafficAccessToken, undefined)
+  })
+
+  it('tells of its network', async () => {
+    const { network } = await guarded.getInfo()
+    assert.equal(network.allowPublicTraffic, false)
+    assert.equal(network.maskRequestHost, 'custom-host.example.com:${PORT}')
+    assert.equal((await sandbox.getInfo()).network.allowPublicTraffic, true)
+  })
+
+  it('shows its applications the masked host', async () => {
+    const headers = await (await get(guarded.trafficAccessToken)).json()
+    assert.equal(headers.Host, 'custom-host.example.com:9001')
+    assert.equal(headers['X-Forwarded-Host'], guarded.getHost(9001))
+  })
+
+  it('is reached by a preview link, in a browser and out of it', async () => {
+    const api = process.env.E2B_API_URL ?? `https://api.${process.env.E2B_DOMAIN}`
+    const made = await fetch(`${api}/sandboxes/${guarded.sandboxId}/preview-links`, {
+      method: 'POST', body: JSON.stringify({ port: 9001 }),
+      headers: { 'X-API-Key': process.env.E2B_API_KEY, 'Content-Type': 'application/json' },
+    })
+    assert.equal(made.status, 201)
+    const url = new URL((await made.json()).url)
+    assert.equal(url.origin, mode === 'tls' ? origin(guarded, 9001) : new URL(api).origin)
+    assert.equal((await fetch(url)).status, 200)
+
+    const page = await fetch(url, { redirect: 'manual', headers: { 'User-Agent': 'Mozilla/5.0', Accept: 'text/html' } })
+    assert.equal(page.status, 302)
+    const cookie = page.headers.get('set-cookie')
+    assert.match(cookie, mode === 'tls' ? /Path=\/;.*HttpOnly; Secure; SameSite=Lax/ : /Path=\/proxy\/.*HttpOnly; SameSite=Lax/)
+    const asset = new URL('headers', new URL(page.headers.get('location'), url))
+    assert.equal((await fetch(asset)).status, 403)
+    const response = await fetch(asset, { headers: { Cookie: `mine=1; ${cookie.split(';')[0]}` } })
+    assert.equal(response.status, 200)
+    assert.equal((await response.json()).Cookie, 'mine=1')
+
+    url.searchParams.set('wrenn_preview', url.searchParams.get('wrenn_preview').slice(0, -1))
+    const refused = await fetch(url)
+    assert.equal(refused.status, 403)
+    assert.match((await refused.json()).message, /not valid/)
+  })
+
+  it('is not made with a mask that is no host', async () => {
+    await assert.rejects(Sandbox.create('base', { network: { maskRequestHost: 'http://x/' } }), /400: maskRequestHost/)
+  })
+})
+
 describe('a secured sandbox', () => {
   // With E2B_SANDBOX_URL a signed URL does not say which sandbox it is for.
   const extra = () => (mode === 'plain' ? routing(sandbox) : {})
