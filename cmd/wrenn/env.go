@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"io"
 	"path/filepath"
 	"strings"
 
@@ -42,7 +43,7 @@ Variables that are set already play no part.`,
 					return err
 				}
 			}
-			return nil
+			return hintAtAuthority(cmd.OutOrStdout(), creds)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object")
@@ -60,7 +61,21 @@ func platformVariables(c client.Credentials) []variable {
 	if c.Domain != "" {
 		variables = append(variables, variable{"E2B_DOMAIN", c.Domain})
 	}
+	if c.CAFile != "" {
+		variables = append(variables, variable{"NODE_EXTRA_CA_CERTS", c.CAFile})
+	}
 	return variables
+}
+
+// hintAtAuthority tells, in comments, what is not for everybody: SSL_CERT_FILE is
+// in place of all other authorities, so that the shell's other programs would
+// trust nothing else any more.
+func hintAtAuthority(w io.Writer, c client.Credentials) error {
+	if c.CAFile == "" {
+		return nil
+	}
+	_, err := fmt.Fprintf(w, "# Python does not read NODE_EXTRA_CA_CERTS. For https://…%s: SSL_CERT_FILE=%s\n", c.Domain, shellQuote(c.CAFile))
+	return err
 }
 
 // shellQuote makes one word of s for a POSIX shell, whatever is in it.

@@ -26,6 +26,7 @@ import (
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
 	"github.com/wrenn/wrenn/internal/server"
 	"github.com/wrenn/wrenn/internal/server/e2b"
+	"github.com/wrenn/wrenn/internal/server/tlscert"
 	"github.com/wrenn/wrenn/internal/store"
 	"github.com/wrenn/wrenn/internal/store/sqlite"
 	"github.com/wrenn/wrenn/internal/template"
@@ -45,6 +46,7 @@ type platform struct {
 	log    *slog.Logger
 	plane  *controlplane.ControlPlane
 	proxy  *proxy.Proxy
+	acme   *tlscert.ACME // nil without ACME
 	apiURL string
 
 	ended chan error // the first part that ended by itself says why
@@ -110,15 +112,11 @@ func (p *platform) listen() (server.Listeners, error) {
 	if p.opts.TLSListen == "" {
 		return l, nil
 	}
-	cert, err := server.LoadCertificate(p.opts.TLSCert, p.opts.TLSKey, p.log)
-	if err != nil {
-		return l, err
-	}
-	l.TLSConfig = cert.TLSConfig()
 	if l.TLS, err = server.Listen(p.opts.TLSListen); err != nil {
 		return l, fmt.Errorf("%w (choose another address with --tls-listen)", err)
 	}
-	return l, nil
+	l.TLSConfig, err = p.certificates(l)
+	return l, err
 }
 
 func (p *platform) startControlPlane(ctx context.Context, build template.Build) error {
@@ -242,8 +240,12 @@ func (p *platform) admitOperator(ctx context.Context) (store.Team, error) {
 		return team, fmt.Errorf("make default team: %w", err)
 	}
 	creds.APIURL, creds.SandboxURL, creds.Domain = p.apiURL, p.apiURL, ""
+	creds.CAFile = ""
 	if p.opts.TLSListen != "" {
 		creds.Domain = p.opts.Domain
+	}
+	if p.opts.tlsSource() == tlsLocal {
+		creds.CAFile = p.dir.authority().Public
 	}
 	return team, creds.Save(p.dir.credentials())
 }
@@ -252,6 +254,10 @@ func (p *platform) serve(l server.Listeners) {
 	api := e2b.New(e2b.Config{ControlPlane: p.plane, Domain: p.opts.Domain, TLS: len(l.TLS) > 0, Log: p.log})
 	front := server.New(server.Config{API: api, Proxy: p.proxy, Log: p.log})
 	p.run("server", func(ctx context.Context) error { return front.Serve(ctx, l) })
+	if p.acme != nil {
+		// After the server, which answers what the ACME server asks.
+		p.run("certificates", p.acme.Run)
+	}
 }
 
 // run owns one goroutine: it ends when stop comes to it, and when it ends by

@@ -104,6 +104,7 @@ func newRootCmd() *cobra.Command {
 		newSandboxCmd(),
 		newDoctorCmd(),
 		newEnvCmd(),
+		newCACmd(),
 		newBenchCmd(),
 		newVersionCmd(),
 	)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/server/tlscert"
 )
 
 const (
@@ -27,11 +29,20 @@ func (d dataDir) lock() string        { return filepath.Join(string(d), "lock") 
 func (d dataDir) database() string    { return filepath.Join(string(d), "wrenn.db") }
 func (d dataDir) credentials() string { return filepath.Join(string(d), "credentials.json") }
 func (d dataDir) masterKey() string   { return filepath.Join(string(d), "keys", "master") }
+func (d dataDir) acme() string        { return filepath.Join(string(d), "acme") }
 func (d dataDir) templates() string   { return filepath.Join(string(d), "templates") }
 func (d dataDir) agent() string       { return filepath.Join(string(d), "agent") }
 func (d dataDir) runsc() string       { return filepath.Join(d.agent(), "runsc") }
 func (d dataDir) sandboxes() string   { return filepath.Join(d.agent(), "sandboxes") }
 func (d dataDir) log() string         { return filepath.Join(string(d), "log", "wrenn.log") }
+
+// authority is the machine's own certificate authority.
+func (d dataDir) authority() tlscert.Files {
+	return tlscert.Files{
+		Private: filepath.Join(string(d), "keys", "ca.pem"),
+		Public:  filepath.Join(string(d), "ca.pem"),
+	}
+}
 
 // tag tells the host-wide things of this data directory from those of others.
 func (d dataDir) tag() string {

@@ -28,6 +28,7 @@ type upOptions struct {
 	TLSListen   string         `json:"tls_listen"`
 	TLSCert     string         `json:"tls_cert"`
 	TLSKey      string         `json:"tls_key"`
+	ACME        acmeOptions    `json:"acme"`
 	NoHostCAs   bool           `json:"no_host_cas"`
 	NetworkCIDR netip.Prefix   `json:"network_cidr"`
 	AllowCIDRs  []netip.Prefix `json:"allow_cidrs"`
@@ -71,9 +72,7 @@ Python in a new sandbox, and returns.`,
 	f := cmd.Flags()
 	f.StringVar(&opts.Listen, "listen", defaultListen, "address of the API and the data plane, plain HTTP")
 	f.StringVar(&opts.Domain, "domain", "", "domain of the data plane: ports are at {port}-{id}.DOMAIN, the API at api.DOMAIN (default wrenn.localhost with the port of --listen)")
-	f.StringVar(&opts.TLSListen, "tls-listen", "", "address for HTTPS; needs --domain, --tls-cert and --tls-key")
-	f.StringVar(&opts.TLSCert, "tls-cert", "", "certificate (PEM) for DOMAIN and *.DOMAIN")
-	f.StringVar(&opts.TLSKey, "tls-key", "", "its private key (PEM)")
+	opts.addTLSFlags(f)
 	f.BoolVar(&opts.NoHostCAs, "no-host-cas", false, "do not trust, inside sandboxes, the certificate authorities added to this host")
 	f.StringVar(&cidr, "network-cidr", "", "address range for sandbox networks (default: the first of a few that meets no route of this host)")
 	f.StringSliceVar(&allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
@@ -105,13 +104,10 @@ func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
 	if _, _, err := net.SplitHostPort(o.Listen); err != nil {
 		return usageErrorf("--listen: %v (want HOST:PORT)", err)
 	}
-	if o.TLSListen != "" && (o.Domain == "" || o.TLSCert == "" || o.TLSKey == "") {
-		return usageErrorf("--tls-listen needs --domain, --tls-cert and --tls-key")
-	}
-	if o.TLSListen == "" && (o.TLSCert != "" || o.TLSKey != "") {
-		return usageErrorf("--tls-cert and --tls-key need --tls-listen")
-	}
 	o.Domain = strings.ToLower(o.Domain)
+	if err := o.checkTLS(); err != nil {
+		return err
+	}
 	if o.ReadySlots < 1 || o.ReadySlots > 256 {
 		return usageErrorf("--ready-slots: want 1 to 256")
 	}

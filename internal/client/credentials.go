@@ -20,9 +20,10 @@ var ErrNoPlatform = errors.New("no platform found: start one with `make up` or s
 // Credentials say where a platform is and who is asking.
 type Credentials struct {
 	APIURL     string `json:"api_url"`
-	SandboxURL string `json:"sandbox_url"`      // empty: as APIURL
-	APIKey     string `json:"api_key"`          // never to be logged
-	Domain     string `json:"domain,omitempty"` // host[:port] of sandbox host names, when TLS is served there
+	SandboxURL string `json:"sandbox_url"`       // empty: as APIURL
+	APIKey     string `json:"api_key"`           // never to be logged
+	Domain     string `json:"domain,omitempty"`  // host[:port] of sandbox host names, when TLS is served there
+	CAFile     string `json:"ca_file,omitempty"` // authority (PEM) that clients of Domain have to trust, where it is the machine's own
 }
 
 // LoadCredentials reads the file that a platform wrote, DIR/credentials.json. The

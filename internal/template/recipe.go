@@ -20,6 +20,10 @@ import (
 // image has its copies in the same place.
 const hostCADir = "/usr/local/share/ca-certificates"
 
+// ownCAPrefix begins the names of what `wrenn ca --install` puts there. Nothing
+// inside has a use for it, and the template would be built again for it.
+const ownCAPrefix = "wrenn-ca-"
+
 // caBundle is the file with all trusted authorities, in the image.
 const caBundle = "/etc/ssl/certs/ca-certificates.crt"
 
@@ -97,7 +101,7 @@ func (r recipe) env() map[string]string {
 func readCAs(dir string) (map[string]string, error) {
 	cas := map[string]string{}
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".crt") {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".crt") || strings.HasPrefix(d.Name(), ownCAPrefix) {
 			return err
 		}
 		pem, err := os.ReadFile(path)

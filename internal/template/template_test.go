@@ -196,6 +196,12 @@ func TestTheHostsAuthoritiesArePartOfTheRecipe(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(dir, "sub"), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(filepath.Join(dir, "wrenn-ca-0a1b.crt"), []byte("the platform's own"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if id(true) != without {
+		t.Error("the platform's own authority changes the recipe")
+	}
 	for _, name := range []string{"sub/a.crt", "not-a-certificate.txt"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte("one"), 0o644); err != nil {
 			t.Fatal(err)

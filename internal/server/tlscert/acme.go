@@ -21,9 +21,11 @@ import (
 )
 
 const (
-	firstRetry    = time.Minute
-	longestRetry  = 30 * time.Minute
-	cleanInterval = 24 * time.Hour
+	firstRetry   = time.Minute
+	longestRetry = 30 * time.Minute
+	// Shorter than the wait before certmagic's own second attempt.
+	handshakeLimit = 50 * time.Second
+	cleanInterval  = 24 * time.Hour
 	// What has ended is kept for a while, to look at when something went wrong.
 	cleanGrace = 14 * 24 * time.Hour
 )
@@ -90,6 +92,7 @@ type ACME struct {
 	cache    *certmagic.Cache
 	managed  *certmagic.Config // serves and renews what Run gets
 	onDemand *certmagic.Config // serves hosts of sandboxes; nil with DNS
+	gate     *gate
 	zap      *zap.Logger
 }
 
@@ -130,8 +133,8 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 	a.cache = certmagic.NewCache(certmagic.CacheOptions{GetConfigForCert: a.configFor, Logger: a.zap})
 	a.managed = a.config(cfg, nil)
 	if cfg.DNS == nil {
-		gate := &gate{host: host, exists: cfg.Exists}
-		a.onDemand = a.config(cfg, &certmagic.OnDemandConfig{DecisionFunc: gate.admit})
+		a.gate = &gate{host: host, exists: cfg.Exists}
+		a.onDemand = a.config(cfg, &certmagic.OnDemandConfig{DecisionFunc: a.gate.admit})
 	}
 	return a, nil
 }
@@ -188,7 +191,11 @@ func (a *ACME) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error)
 	if a.onDemand == nil || name == "" || a.isManaged(name) {
 		return a.managed.GetCertificate(hello)
 	}
-	return a.onDemand.GetCertificate(hello)
+	// The server gives up on a handshake after some seconds. What has begun goes on
+	// all the same, and the client's next attempt finds the certificate.
+	ctx, cancel := context.WithTimeout(hello.Context(), handshakeLimit)
+	defer cancel()
+	return a.onDemand.GetCertificateWithContext(ctx, hello)
 }
 
 // Run gets what is missing, tries again while that fails, and renews, until ctx is
@@ -243,8 +250,13 @@ func (a *ACME) cleanUp(ctx context.Context) {
 }
 
 func (a *ACME) onEvent(_ context.Context, event string, data map[string]any) error {
-	if event == "cert_obtained" {
+	switch event {
+	case "cert_obtained":
 		a.log.Info("got a TLS certificate", "name", data["identifier"], "issuer", data["issuer"], "renewal", data["renewal"])
+	case "cert_failed":
+		if name, ok := data["identifier"].(string); ok && a.gate != nil {
+			a.gate.failed(name)
+		}
 	}
 	return nil
 }

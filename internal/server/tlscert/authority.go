@@ -28,7 +28,7 @@ const (
 // that who steals its key can pose as this platform, but not as a bank.
 type Authority struct {
 	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	key  *ecdsa.PrivateKey // nil: only to be looked at
 }
 
 // newAuthority makes one for names at and below localhost and the given domains.
@@ -78,11 +78,15 @@ func parseAuthority(data []byte) (*Authority, error) {
 		return nil, err
 	}
 	key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
-	if !ok || !pair.Leaf.IsCA || len(pair.Leaf.PermittedDNSDomains) == 0 {
-		return nil, errors.New("not an authority that wrenn made")
+	if !ok || !isAuthority(pair.Leaf) {
+		return nil, errForeign
 	}
 	return &Authority{pair.Leaf, key}, nil
 }
+
+var errForeign = errors.New("not an authority that wrenn made")
+
+func isAuthority(cert *x509.Certificate) bool { return cert.IsCA && len(cert.PermittedDNSDomains) > 0 }
 
 // encode returns certificate and private key.
 func (a *Authority) encode() ([]byte, error) {
@@ -104,8 +108,8 @@ func (a *Authority) Domains() []string { return a.cert.PermittedDNSDomains }
 // Expires says until when its certificates are any good.
 func (a *Authority) Expires() time.Time { return a.cert.NotAfter }
 
-// mayServe says what is in the way of certificates for host.
-func (a *Authority) mayServe(host string) error {
+// MayServe says what is in the way of certificates for host.
+func (a *Authority) MayServe(host string) error {
 	if !covers(a.Domains(), host) {
 		return fmt.Errorf("the certificate authority of this machine is not for %s (it is for %s): make another with `wrenn ca --new --domain %s`, and have clients trust that one",
 			host, strings.Join(a.Domains(), ", "), host)
@@ -120,7 +124,7 @@ func (a *Authority) mayServe(host string) error {
 // issue makes a key and a server certificate for host and everything one label
 // below it.
 func (a *Authority) issue(host string, lifetime time.Duration) (*tls.Certificate, error) {
-	if err := a.mayServe(host); err != nil {
+	if err := a.MayServe(host); err != nil {
 		return nil, err
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -114,7 +114,7 @@ func (p *cloudflare) zoneID(ctx context.Context, zone string) (string, error) {
 		return "", err
 	}
 	if len(zones) != 1 {
-		return "", fmt.Errorf("Cloudflare: the token sees no zone %s: it needs Zone:Read and DNS:Edit for it", zone)
+		return "", fmt.Errorf("cloudflare: the token sees no zone %s: it needs Zone:Read and DNS:Edit for it", zone)
 	}
 	return url.PathEscape(zones[0].ID), nil
 }
@@ -125,19 +125,19 @@ func (p *cloudflare) call(ctx context.Context, method, path string, body, result
 	if body != nil {
 		data, err := json.Marshal(body)
 		if err != nil {
-			return fmt.Errorf("Cloudflare: %w", err)
+			return fmt.Errorf("cloudflare: %w", err)
 		}
 		payload = bytes.NewReader(data)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, p.api+path, payload)
 	if err != nil {
-		return fmt.Errorf("Cloudflare: %w", err)
+		return fmt.Errorf("cloudflare: %w", err)
 	}
 	req.Header.Set("Authorization", "Bearer "+p.token)
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := p.client.Do(req)
 	if err != nil {
-		return fmt.Errorf("Cloudflare: %w", err)
+		return fmt.Errorf("cloudflare: %w", err)
 	}
 	defer resp.Body.Close()
 	var answer struct {
@@ -149,20 +149,20 @@ func (p *cloudflare) call(ctx context.Context, method, path string, body, result
 		Result json.RawMessage `json:"result"`
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxCloudflareAnswer)).Decode(&answer); err != nil {
-		return fmt.Errorf("Cloudflare: %s: %w", resp.Status, err)
+		return fmt.Errorf("cloudflare: %s: %w", resp.Status, err)
 	}
 	if !answer.Success {
 		var reasons []string
 		for _, e := range answer.Errors {
 			reasons = append(reasons, fmt.Sprintf("%s (%d)", e.Message, e.Code))
 		}
-		return fmt.Errorf("Cloudflare: %s: %s", resp.Status, strings.Join(reasons, "; "))
+		return fmt.Errorf("cloudflare: %s: %s", resp.Status, strings.Join(reasons, "; "))
 	}
 	if result == nil {
 		return nil
 	}
 	if err := json.Unmarshal(answer.Result, result); err != nil {
-		return fmt.Errorf("Cloudflare: %w", err)
+		return fmt.Errorf("cloudflare: %w", err)
 	}
 	return nil
 }

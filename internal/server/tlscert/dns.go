@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -25,20 +26,43 @@ var dnsProviders = map[string]func() (DNSProvider, error){
 	"rfc2136":    newRFC2136,
 }
 
-// DNSProviders returns the names of those that there are.
-func DNSProviders() []string { return slices.Sorted(maps.Keys(dnsProviders)) }
+// KnownDNSProvider returns an error that names those that there are, when there is
+// none of that name.
+func KnownDNSProvider(name string) error {
+	if _, ok := dnsProviders[name]; !ok {
+		return fmt.Errorf("no DNS provider %q: there are %s", name, strings.Join(slices.Sorted(maps.Keys(dnsProviders)), ", "))
+	}
+	return nil
+}
 
 // NewDNSProvider returns the one of that name, with what its variables say.
 func NewDNSProvider(name string) (DNSProvider, error) {
-	make, ok := dnsProviders[name]
-	if !ok {
-		return nil, fmt.Errorf("no DNS provider %q: there are %s", name, strings.Join(DNSProviders(), ", "))
+	if err := KnownDNSProvider(name); err != nil {
+		return nil, err
 	}
-	provider, err := make()
+	provider, err := dnsProviders[name]()
 	if err != nil {
 		return nil, fmt.Errorf("DNS provider %s: %w", name, err)
 	}
 	return provider, nil
+}
+
+// DNSResolver returns the resolver that the variable ACME_DNS_RESOLVER names, with
+// its port, or nothing.
+func DNSResolver() (string, error) {
+	addr, err := setting("ACME_DNS_RESOLVER")
+	if err != nil || addr == "" {
+		return "", err
+	}
+	return withPort(addr, "53"), nil
+}
+
+// withPort adds the port that is usual to an address that has none.
+func withPort(addr, port string) string {
+	if _, _, err := net.SplitHostPort(addr); err == nil {
+		return addr
+	}
+	return net.JoinHostPort(strings.Trim(addr, "[]"), port)
 }
 
 // setting reads the environment variable NAME, or the file that NAME_FILE names.

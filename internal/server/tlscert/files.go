@@ -2,6 +2,8 @@ package tlscert
 
 import (
 	"bytes"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -75,6 +77,24 @@ func (f Files) read() (*Authority, error) {
 		return nil, fmt.Errorf("make certificate authority private: %w", err)
 	}
 	return a, nil
+}
+
+// Published reads the certificate that everybody may read. What is returned cannot
+// sign.
+func (f Files) Published() (*Authority, error) {
+	data, err := os.ReadFile(f.Public)
+	if err != nil {
+		return nil, fmt.Errorf("read certificate authority: %w", err)
+	}
+	var cert *x509.Certificate
+	block, _ := pem.Decode(data)
+	if block != nil {
+		cert, err = x509.ParseCertificate(block.Bytes)
+	}
+	if err != nil || cert == nil || !isAuthority(cert) {
+		return nil, fmt.Errorf("read certificate authority %s: %w", f.Public, errors.Join(errForeign, err))
+	}
+	return &Authority{cert: cert}, nil
 }
 
 func (f Files) publish(a *Authority) error {

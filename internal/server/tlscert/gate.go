@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -18,6 +18,9 @@ const (
 	certificatesPerSandbox = 10
 	// The count is forgotten when so many sandboxes have been counted.
 	sandboxesCounted = 4096
+	// After a failure clients' handshakes do not ask the ACME server again for so
+	// long: browsers try at once and again, and servers count failures too.
+	pauseAfterFailure = time.Minute
 )
 
 // gate decides which names get a certificate when a client asks for them.
@@ -26,7 +29,7 @@ type gate struct {
 	exists func(ctx context.Context, id string) error
 
 	mu       sync.Mutex
-	admitted map[string][]string // names by sandbox id
+	admitted map[string]map[string]time.Time // by sandbox id and name: when the last attempt failed
 }
 
 // admit returns nil for "{port}-{id}.{host}" of a sandbox that exists.
@@ -51,18 +54,34 @@ func (g *gate) admit(ctx context.Context, name string) error {
 func (g *gate) count(id, name string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	names := g.admitted[id]
-	if slices.Contains(names, name) {
+	failed, counted := g.admitted[id][name]
+	switch {
+	case counted && time.Since(failed) < pauseAfterFailure:
+		return errors.New("the last attempt failed a moment ago")
+	case counted:
 		return nil
-	}
-	if len(names) >= certificatesPerSandbox {
-		return fmt.Errorf("sandbox %s has certificates for %d ports: more needs a wildcard certificate (--acme-dns)", id, len(names))
+	case len(g.admitted[id]) >= certificatesPerSandbox:
+		return fmt.Errorf("sandbox %s has certificates for %d ports: more needs a wildcard certificate (--acme-dns)", id, certificatesPerSandbox)
 	}
 	if g.admitted == nil || len(g.admitted) >= sandboxesCounted {
-		g.admitted = make(map[string][]string)
+		g.admitted = make(map[string]map[string]time.Time)
 	}
-	g.admitted[id] = append(names, name)
+	if g.admitted[id] == nil {
+		g.admitted[id] = make(map[string]time.Time)
+	}
+	g.admitted[id][name] = time.Time{}
 	return nil
+}
+
+// failed tells that there was no certificate to be had for a name.
+func (g *gate) failed(name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, names := range g.admitted {
+		if _, ok := names[name]; ok {
+			names[name] = time.Now()
+		}
+	}
 }
 
 // sandboxOf reads "{port}-{id}", also with the third part that old clients add.

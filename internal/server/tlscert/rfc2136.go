@@ -5,8 +5,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"net"
-	"strings"
 	"time"
 
 	"github.com/libdns/libdns"
@@ -40,9 +38,7 @@ func newRFC2136() (DNSProvider, error) {
 	if p.server == "" {
 		return nil, errors.New("set RFC2136_NAMESERVER to the address of the zone's primary server, HOST or HOST:PORT")
 	}
-	if _, _, err := net.SplitHostPort(p.server); err != nil {
-		p.server = net.JoinHostPort(strings.Trim(p.server, "[]"), "53")
-	}
+	p.server = withPort(p.server, "53")
 	key := values["RFC2136_TSIG_KEY"]
 	if (key == "") != (p.secret == "") {
 		return nil, errors.New("RFC2136_TSIG_KEY and RFC2136_TSIG_SECRET go together: the key's name, and its secret in base64")
