@@ -76,6 +76,9 @@ type ACMEConfig struct {
 	// FirstRetry is the wait after a first failure; it doubles up to half an hour.
 	// Zero means a minute: servers take few failures an hour.
 	FirstRetry time.Duration
+	// RenewCheck is how often it is looked whether a certificate is to be renewed,
+	// which is when a third of its time is left. Zero means every ten minutes.
+	RenewCheck time.Duration
 }
 
 // ACME serves certificates of an ACME server, and gets and renews them while Run
@@ -130,7 +133,9 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 			a.names = append(a.names, label+"."+host)
 		}
 	}
-	a.cache = certmagic.NewCache(certmagic.CacheOptions{GetConfigForCert: a.configFor, Logger: a.zap})
+	a.cache = certmagic.NewCache(certmagic.CacheOptions{
+		GetConfigForCert: a.configFor, RenewCheckInterval: cfg.RenewCheck, Logger: a.zap,
+	})
 	a.managed = a.config(cfg, nil)
 	if cfg.DNS == nil {
 		a.gate = &gate{host: host, exists: cfg.Exists}
