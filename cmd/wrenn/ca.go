@@ -130,6 +130,9 @@ func (o *caOptions) open(dir dataDir) (*tlscert.Authority, error) {
 func describeAuthority(dir dataDir, authority *tlscert.Authority, out io.Writer) error {
 	path := dir.authority().Public
 	system, python := "wrenn ca --install", path+"    (in place of all others)"
+	if string(dir) != defaultDataDir {
+		system += " --data " + string(dir)
+	}
 	if store, err := tlscert.OpenSystemStore(dir.tag()); err == nil && store.Installed(authority) {
 		system, python = "does already", store.Bundle()
 	}

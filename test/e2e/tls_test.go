@@ -205,3 +205,40 @@ func TestADomainWithDNSGetsAWildcardCertificate(t *testing.T) {
 		t.Errorf("certificates for %v and %v", leaf.DNSNames, other.DNSNames)
 	}
 }
+
+// In a mount namespace, in which the system's store is a copy.
+func TestTheAuthorityGoesIntoTheSystemsStoreAndOutAgain(t *testing.T) {
+	if suite.skip != "" {
+		t.Skip(suite.skip)
+	}
+	for _, program := range []string{"unshare", "update-ca-certificates", "openssl"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip(err)
+		}
+	}
+	const script = `set -eu
+mount -t tmpfs none /usr/local/share/ca-certificates
+cp -a /etc/ssl/certs "$D/certs"
+mount --bind "$D/certs" /etc/ssl/certs
+bundle=/etc/ssl/certs/ca-certificates.crt
+trusted() { openssl verify -CAfile $bundle "$D/ca.pem" >/dev/null 2>&1; }
+untrusted() { if trusted; then exit 1; fi; }
+"$W" ca --data "$D" | grep -q 'wrenn ca --install'
+untrusted
+"$W" ca --data "$D" --install | grep -q 'this system   does already'
+trusted
+"$W" ca --data "$D" --new | grep -q 'wrenn ca --install'
+untrusted
+[ "$(ls /usr/local/share/ca-certificates | wc -l)" = 1 ]
+"$W" ca --data "$D" --uninstall | grep -q 'any more'
+[ "$(ls /usr/local/share/ca-certificates | wc -l)" = 0 ]
+"$W" ca --data "$D" --uninstall | grep -q 'was not'
+PATH=/nowhere "$W" ca --data "$D" --install 2>&1 | grep -q 'update-ca-trust'
+echo good
+`
+	cmd := exec.Command("unshare", "-m", "sh", "-xc", script)
+	cmd.Env = append(os.Environ(), "W="+suite.bin, "D="+t.TempDir())
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.HasSuffix(string(out), "good\n") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
