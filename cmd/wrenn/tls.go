@@ -87,16 +87,21 @@ func (o *upOptions) checkTLS() error {
 	if !acme {
 		return nil
 	}
-	if o.ACME.Server == "" {
-		o.ACME.Server = defaultACMEServer
+	return o.ACME.check()
+}
+
+func (o *acmeOptions) check() error {
+	if o.Server == "" {
+		o.Server = defaultACMEServer
 	}
-	if _, err := tlscert.Directory(o.ACME.Server); err != nil {
+	if _, err := tlscert.Directory(o.Server); err != nil {
 		return usageErrorf("--acme-ca: %v", err)
 	}
-	if o.ACME.DNS != "" {
-		if err := tlscert.KnownDNSProvider(o.ACME.DNS); err != nil {
-			return usageErrorf("--acme-dns: %v", err)
-		}
+	if o.DNS == "" {
+		return nil
+	}
+	if err := tlscert.KnownDNSProvider(o.DNS); err != nil {
+		return usageErrorf("--acme-dns: %v", err)
 	}
 	return nil
 }
