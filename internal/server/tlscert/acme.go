@@ -97,6 +97,9 @@ type ACME struct {
 	onDemand *certmagic.Config // serves hosts of sandboxes; nil with DNS
 	gate     *gate
 	zap      *zap.Logger
+
+	life context.Context // of what handshakes begin; Run ends it
+	end  context.CancelFunc
 }
 
 // platformHosts are the labels below the domain that are no sandboxes.
@@ -125,6 +128,7 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 	if a.retry == 0 {
 		a.retry = firstRetry
 	}
+	a.life, a.end = context.WithCancel(context.Background())
 	a.zap = zap.New(slogCore{handler: a.log.Handler()})
 	if cfg.DNS != nil {
 		a.names = append(a.names, "*."+host)
@@ -198,7 +202,7 @@ func (a *ACME) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error)
 	}
 	// The server gives up on a handshake after some seconds. What has begun goes on
 	// all the same, and the client's next attempt finds the certificate.
-	ctx, cancel := context.WithTimeout(hello.Context(), handshakeLimit)
+	ctx, cancel := context.WithTimeout(a.life, handshakeLimit)
 	defer cancel()
 	return a.onDemand.GetCertificateWithContext(ctx, hello)
 }
@@ -206,6 +210,7 @@ func (a *ACME) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error)
 // Run gets what is missing, tries again while that fails, and renews, until ctx is
 // done. It returns nil then. It must be called once.
 func (a *ACME) Run(ctx context.Context) error {
+	defer a.end()
 	defer a.cache.Stop() // renews, from the first certificate on
 	var running sync.WaitGroup
 	for _, name := range a.names {

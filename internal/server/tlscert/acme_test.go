@@ -2,6 +2,7 @@ package tlscert_test
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,20 +21,23 @@ import (
 	"github.com/wrenn/wrenn/internal/server/tlscert/acmetest"
 )
 
-const (
-	domain  = "boxes.wrenn.test"
-	running = "abcdefghij0123456789" // the id of the only sandbox
-)
+const running = "abcdefghij0123456789" // the id of the only sandbox
+
+// worlds counts them: certmagic keeps what is under way by name, for the whole
+// process, so that each world has names of its own.
+var worlds atomic.Int32
 
 // world is an ACME server, the domain's DNS, and a platform's certificates, which
 // can be stopped and started again with what they have stored.
 type world struct {
 	t       *testing.T
+	domain  string
 	acme    *acmetest.Server
 	zone    *acmetest.Zone
 	config  tlscert.ACMEConfig
 	addr    *net.TCPAddr
 	log     *lockedBuffer
+	tls     *tls.Config // what is served
 	stop    func()
 	refused []string // ids that were asked for and are of no sandbox
 	mu      sync.Mutex
@@ -40,7 +45,7 @@ type world struct {
 
 func newWorld(t *testing.T, server acmetest.Config) *world {
 	t.Helper()
-	w := &world{t: t, zone: acmetest.NewZone(t, "wrenn.test"), log: &lockedBuffer{}}
+	w := &world{t: t, domain: fmt.Sprintf("w%d.wrenn.test", worlds.Add(1)), zone: acmetest.NewZone(t, "wrenn.test"), log: &lockedBuffer{}}
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -56,15 +61,21 @@ func newWorld(t *testing.T, server acmetest.Config) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dir, err := os.MkdirTemp("", "acme")
+	if err != nil {
+		t.Fatal(err)
+	}
 	w.config = tlscert.ACMEConfig{
-		Domain: domain, Email: "admin@wrenn.test", Directory: w.acme.URL, Roots: trusted,
-		Storage: filepath.Join(t.TempDir(), "acme"), TLSAddr: w.addr.AddrPort(), HTTPPort: server.HTTPPort,
+		Domain: w.domain, Email: "admin@wrenn.test", Directory: w.acme.URL, Roots: trusted,
+		Storage: filepath.Join(dir, "acme"), TLSAddr: w.addr.AddrPort(), HTTPPort: server.HTTPPort,
 		Exists: w.exists, Log: w.log.logger(), FirstRetry: 200 * time.Millisecond,
 	}
 	t.Cleanup(func() {
 		if w.stop != nil {
 			w.stop()
 		}
+		// A renewal that had begun ends a moment later, and writes until then.
+		eventually(t, "storage is removed", func() error { return os.RemoveAll(dir) })
 		if t.Failed() {
 			t.Log(w.log.String())
 		}
@@ -107,7 +118,8 @@ func (w *world) start() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	close := serveOn(w.t, ln, a.TLSConfig())
+	w.tls = a.TLSConfig()
+	close := serveOn(w.t, ln, w.tls)
 	ctx, cancel := context.WithCancel(w.t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- a.Run(ctx) }()
@@ -138,15 +150,15 @@ func (w *world) serves(name string) (leaf *x509.Certificate) {
 	return leaf
 }
 
-func host(port int, id string) string { return fmt.Sprintf("%d-%s.%s", port, id, domain) }
+func (w *world) host(port int, id string) string { return fmt.Sprintf("%d-%s.%s", port, id, w.domain) }
 
 func TestACMEByDNSGivesAWildcard(t *testing.T) {
 	w := newWorld(t, acmetest.Config{})
 	w.byDNS()
 	w.start()
-	w.serves(domain)
-	leaf := w.serves("api." + domain)
-	for _, name := range []string{host(3000, running), host(8080, "zzzzzzzzzzzzzzzzzzzz"), "sandbox." + domain} {
+	w.serves(w.domain)
+	leaf := w.serves("api." + w.domain)
+	for _, name := range []string{w.host(3000, running), w.host(8080, "zzzzzzzzzzzzzzzzzzzz"), "sandbox." + w.domain} {
 		got, err := w.handshake(name)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -172,7 +184,7 @@ func TestACMEWithoutDNSGivesCertificatesToSandboxesThatExist(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, acmetest.Config{})
 	w.start()
-	for _, name := range []string{domain, "api." + domain, "sandbox." + domain} {
+	for _, name := range []string{w.domain, "api." + w.domain, "sandbox." + w.domain} {
 		w.serves(name)
 	}
 	before := w.acme.Orders()
@@ -183,7 +195,7 @@ func TestACMEWithoutDNSGivesCertificatesToSandboxesThatExist(t *testing.T) {
 	var clients sync.WaitGroup
 	for range 8 {
 		clients.Go(func() {
-			if _, err := w.handshake(host(3000, running)); err != nil {
+			if _, err := w.handshake(w.host(3000, running)); err != nil {
 				t.Errorf("a running sandbox: %v", err)
 			}
 		})
@@ -195,8 +207,8 @@ func TestACMEWithoutDNSGivesCertificatesToSandboxesThatExist(t *testing.T) {
 
 	before = w.acme.Orders()
 	for _, name := range []string{
-		host(3000, "zzzzzzzzzzzzzzzzzzzz"), "nosuch." + domain, "70000-" + running + "." + domain, "0-" + running + "." + domain,
-		"x." + host(3000, running), host(3000, running[:10]), "3000-" + running + ".other.test", "example.com", "1-2-3-4." + domain,
+		w.host(3000, "zzzzzzzzzzzzzzzzzzzz"), "nosuch." + w.domain, "70000-" + running + "." + w.domain, "0-" + running + "." + w.domain,
+		"x." + w.host(3000, running), w.host(3000, running[:10]), "3000-" + running + ".other.test", "example.com", "1-2-3-4." + w.domain,
 	} {
 		if _, err := w.handshake(name); err == nil {
 			t.Errorf("%s has a certificate", name)
@@ -222,8 +234,34 @@ func TestNamesAreProvedOverPlainHTTPWhereTLSIsNotReached(t *testing.T) {
 	free.Close()
 	w := newWorld(t, acmetest.Config{HTTPPort: port, TLSPort: 1}) // nobody answers there
 	w.start()
-	for _, name := range []string{domain, "api." + domain, "sandbox." + domain, host(3000, running)} {
+	for _, name := range []string{w.domain, "api." + w.domain, "sandbox." + w.domain, w.host(3000, running)} {
 		w.serves(name)
+	}
+}
+
+func TestAnOrderGoesOnWhenTheHandshakeIsGivenUp(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, acmetest.Config{})
+	w.start()
+	for _, name := range []string{w.domain, "api." + w.domain, "sandbox." + w.domain} {
+		w.serves(name)
+	}
+	before := w.acme.Orders()
+	here, there := net.Pipe()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	var client sync.WaitGroup
+	client.Go(func() {
+		tls.Client(there, &tls.Config{ServerName: w.host(3000, running), RootCAs: w.acme.Roots()}).Handshake()
+	})
+	if err := tls.Server(here, w.tls).HandshakeContext(ctx); err == nil {
+		t.Error("a certificate within 50 ms: this tests nothing")
+	}
+	there.Close()
+	client.Wait()
+	w.serves(w.host(3000, running))
+	if got := w.acme.Orders() - before; got != 1 {
+		t.Errorf("%d orders, want the one that was begun", got)
 	}
 }
 
@@ -231,13 +269,13 @@ func TestCertificatesAreKeptOverARestart(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, acmetest.Config{})
 	w.start()
-	names := []string{"api." + domain, host(3000, running)}
+	names := []string{"api." + w.domain, w.host(3000, running)}
 	var before []*x509.Certificate
 	for _, name := range names {
 		before = append(before, w.serves(name))
 	}
-	w.serves(domain)
-	w.serves("sandbox." + domain)
+	w.serves(w.domain)
+	w.serves("sandbox." + w.domain)
 	orders := w.acme.Orders()
 	w.stop()
 	w.start()
@@ -272,15 +310,15 @@ func TestWithoutTheServerHandshakesFailAtOnceUntilItIsThere(t *testing.T) {
 		return nil
 	})
 	begin := time.Now()
-	if _, err := w.handshake("api." + domain); err == nil {
+	if _, err := w.handshake("api." + w.domain); err == nil {
 		t.Error("served without a certificate")
 	}
 	if took := time.Since(begin); took > 2*time.Second {
 		t.Errorf("a handshake that cannot succeed took %s", took)
 	}
 	w.acme.Start()
-	w.serves("api." + domain)
-	w.serves(domain)
+	w.serves("api." + w.domain)
+	w.serves(w.domain)
 }
 
 func TestShortLivedCertificatesAreRenewedWhileServing(t *testing.T) {
@@ -291,9 +329,9 @@ func TestShortLivedCertificatesAreRenewedWhileServing(t *testing.T) {
 	w.byDNS()
 	w.config.RenewCheck = time.Second
 	w.start()
-	first := w.serves("api." + domain)
+	first := w.serves("api." + w.domain)
 	eventually(t, "another certificate", func() error {
-		got, err := w.handshake("api." + domain)
+		got, err := w.handshake("api." + w.domain)
 		if err != nil {
 			return err
 		}
@@ -311,7 +349,7 @@ func TestWhatIsStoredIsForRootAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.start()
-	w.serves("api." + domain)
+	w.serves("api." + w.domain)
 	keys := 0
 	err := filepath.WalkDir(w.config.Storage, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {

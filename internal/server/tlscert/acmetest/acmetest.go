@@ -64,9 +64,7 @@ func New(t testing.TB, cfg Config) *Server {
 	inner := front.Handler()
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/order-plz" {
-			s.mu.Lock()
-			s.orders++
-			s.mu.Unlock()
+			w = countCreated{w, s}
 		}
 		inner.ServeHTTP(w, r)
 	})
@@ -81,6 +79,22 @@ func New(t testing.TB, cfg Config) *Server {
 	}
 	t.Cleanup(s.Stop)
 	return s
+}
+
+// countCreated counts orders that are taken: Pebble refuses some requests once, to
+// see whether clients try again.
+type countCreated struct {
+	http.ResponseWriter
+	s *Server
+}
+
+func (c countCreated) WriteHeader(status int) {
+	if status == http.StatusCreated {
+		c.s.mu.Lock()
+		c.s.orders++
+		c.s.mu.Unlock()
+	}
+	c.ResponseWriter.WriteHeader(status)
 }
 
 // Start lets it be reached at its address, the same one each time.
