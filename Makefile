@@ -58,7 +58,7 @@ endif
 
 test-packages: packages
 ifndef SKIP_PACKAGES
-	@scripts/packages.sh curl git sudo python3 python3-venv gcc libc6-dev node=nodejs npm=npm
+	@scripts/packages.sh curl git sudo python3 python3-venv gcc libc6-dev node=nodejs npm=npm chromium=chromium
 endif
 
 test: test-packages build

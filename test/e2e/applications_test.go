@@ -174,7 +174,8 @@ func (a application) rootfs(t *testing.T) string {
 	assemble := exec.CommandContext(ctx, "bash", "-euc", `set -o pipefail
 mkdir -p "$2.new"
 cp -al "$1" "$2.new/rootfs" 2>/dev/null || { rm -rf "$2.new/rootfs"; cp -a "$1" "$2.new/rootfs"; }
-"$4" sandbox cp "$5:$3" - | tar -x --numeric-owner -C "$2.new/rootfs/home/user"
+mkdir "$2.new/rootfs/home/user/$3"
+"$4" sandbox cp "$5:$3" - | tar -x --numeric-owner -C "$2.new/rootfs/home/user/$3"
 mv "$2.new" "$2"`, "bash", suite.base.RootFS, dir, a.name, suite.bin, b.id)
 	assemble.Env = cmd.Env
 	if out, err := assemble.CombinedOutput(); err != nil {
