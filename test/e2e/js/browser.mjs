@@ -41,7 +41,8 @@ export function inEachForm(application, what, run, forms = Object.keys(addresses
           assert.equal(new URL(url).origin.replace(/^(http|ws)/, ''), origin, `it asked for ${url}`)
         }
       } catch (err) {
-        throw new Error(`${err.stack}\nThe page ${page.url()} did:\n${diary.join('\n')}`)
+        // Without the colours that a report cannot hold.
+        throw new Error(`${err.stack}\nThe page ${page.url()} did:\n${diary.join('\n')}`.replace(/\x1b\[\d*m/g, ''))
       } finally {
         await context.close()
       }
