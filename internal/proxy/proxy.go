@@ -121,7 +121,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // Forward carries a request to d. It panics with http.ErrAbortHandler when the
 // answer breaks off after its header was sent, as httputil.ReverseProxy does.
 func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
-	if r.Method == http.MethodConnect && !isExtendedConnect(r) {
+	if r.Method == http.MethodConnect && (!isExtendedConnect(r) || d.Port == AgentPort) {
 		writeFailure(w, r, failure{Message: "CONNECT is not served here", Code: http.StatusMethodNotAllowed})
 		return
 	}

@@ -389,3 +389,45 @@ func TestNoWayLeadsToTheAgentsInternalRoutes(t *testing.T) {
 		}
 	}
 }
+
+func TestWebSocketsOverHTTP2AreJudgedLikeTheOthers(t *testing.T) {
+	f := newFront(t)
+	f.rule(idA, protected)
+	w := newWitness(t)
+	var requests received
+	guestAt(t, fmt.Sprintf("127.0.0.2:%d", proxy.AgentPort), func(_ http.ResponseWriter, r *http.Request) { requests.add(r.Method + " " + r.RequestURI) })
+	connect := func(host, path, protocol string, more ...field) int {
+		return f.send2(t, append([]field{
+			{":method", "CONNECT"}, {":protocol", protocol}, {":scheme", "http"}, {":authority", host + ".wrenn.test"}, {":path", path},
+			{"sec-websocket-version", "13"},
+		}, more...))
+	}
+	app, agent := fmt.Sprintf("%d-%s", w.port, idA), fmt.Sprintf("%d-%s", proxy.AgentPort, idB)
+	for what, tc := range map[string]struct {
+		ask    func() int
+		status int
+	}{
+		"without a token":         {func() int { return connect(app, "/", "websocket") }, 403},
+		"with a wrong token":      {func() int { return connect(app, "/", "websocket", field{"e2b-traffic-access-token", "x"}) }, 403},
+		"to h2c":                  {func() int { return connect(app, "/", "h2c", field{"e2b-traffic-access-token", token}) }, 405},
+		"to the guest agent":      {func() int { return connect(agent, "/", "websocket") }, 405},
+		"to an internal route":    {func() int { return connect(agent, "/init", "websocket") }, 405},
+		"with two authorities":    {func() int { return connect(app, "/", "websocket", field{":authority", app}) }, 0},
+		"without a path to speak": {func() int { return connect(app, "x", "websocket") }, 0},
+	} {
+		status := tc.ask()
+		if tc.status != 0 && status != tc.status || status/100 == 2 {
+			t.Errorf("%s: answered %d, want %d", what, status, tc.status)
+		}
+		if seen := w.raw(); seen != "" {
+			t.Errorf("%s: the application saw %q", what, seen)
+		}
+		if seen := requests.take(); len(seen) > 0 {
+			t.Errorf("%s: the agent saw %q", what, seen)
+		}
+	}
+	connect(app, "/x?wrenn_preview="+linkTo(w.port, time.Hour), "websocket", field{"cookie", "wrenn_preview_1=x"})
+	if seen := w.raw(); !strings.HasPrefix(seen, "GET /x HTTP/1.1\r\n") || strings.Contains(seen, "preview") || strings.Count(seen, "\r\nUpgrade: websocket\r\n") != 1 {
+		t.Errorf("with a link the application saw %q", seen)
+	}
+}
