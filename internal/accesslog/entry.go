@@ -34,7 +34,7 @@ const (
 // request, and reflection would take longer than all the rest of the accounting.
 func (e *Entry) appendTo(b []byte) []byte {
 	b = append(b, `{"time":"`...)
-	b = e.Time.UTC().AppendFormat(b, "2006-01-02T15:04:05.000Z07:00")
+	b = appendTime(b, e.Time.UTC())
 	b = append(b, `","sandbox":`...)
 	b = appendString(b, e.Sandbox, maxWord)
 	b = append(b, `,"port":`...)
@@ -65,12 +65,34 @@ func (e *Entry) appendTo(b []byte) []byte {
 	return append(b, '}', '\n')
 }
 
+// appendTime writes a time in UTC as RFC 3339 has it, with milliseconds.
+func appendTime(b []byte, t time.Time) []byte {
+	year, month, day := t.Date()
+	hour, minute, second := t.Clock()
+	b = append(appendDigits(b, year, 4), '-')
+	b = append(appendDigits(b, int(month), 2), '-')
+	b = append(appendDigits(b, day, 2), 'T')
+	b = append(appendDigits(b, hour, 2), ':')
+	b = append(appendDigits(b, minute, 2), ':')
+	b = append(appendDigits(b, second, 2), '.')
+	return append(appendDigits(b, t.Nanosecond()/1e6, 3), 'Z')
+}
+
 // appendMillis writes milliseconds with three decimals.
 func appendMillis(b []byte, d time.Duration) []byte {
 	us := max(d.Microseconds(), 0)
 	b = strconv.AppendInt(b, us/1000, 10)
-	us %= 1000
-	return append(b, '.', byte('0'+us/100), byte('0'+us/10%10), byte('0'+us%10))
+	return appendDigits(append(b, '.'), int(us%1000), 3)
+}
+
+// appendDigits writes the last digits of n.
+func appendDigits(b []byte, n, digits int) []byte {
+	b = append(b, "0000"[:digits]...)
+	for i := len(b) - 1; digits > 0; i, digits = i-1, digits-1 {
+		b[i] = byte('0' + n%10)
+		n /= 10
+	}
+	return b
 }
 
 // appendString writes a JSON string of at most limit bytes of s. Whatever could
