@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/wrenn/wrenn/internal/accesslog"
 	"github.com/wrenn/wrenn/internal/proxy"
 	"github.com/wrenn/wrenn/internal/server"
 )
@@ -140,9 +141,13 @@ func ServeProxy(in io.Reader, out io.Writer, dir string) error {
 	if err != nil {
 		return err
 	}
+	access, err := accesslog.Open(filepath.Join(dir, "wrenn-access.log"), nil)
+	if err != nil {
+		return err
+	}
 	front := server.New(server.Config{
 		API:   http.NotFoundHandler(),
-		Proxy: proxy.New(proxy.Config{Resolver: onLoopback{}, Domain: benchDomain}),
+		Proxy: proxy.New(proxy.Config{Resolver: onLoopback{}, Domain: benchDomain, AccessLog: access}),
 	})
 	if _, err := fmt.Fprintln(out, l.Addr()); err != nil {
 		return err
@@ -152,5 +157,6 @@ func ServeProxy(in io.Reader, out io.Writer, dir string) error {
 		defer cancel()
 		_, _ = io.Copy(io.Discard, in)
 	}()
-	return front.Serve(ctx, server.Listeners{Plain: []net.Listener{l}})
+	err = front.Serve(ctx, server.Listeners{Plain: []net.Listener{l}})
+	return errors.Join(err, access.Close(context.Background()))
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/wrenn/wrenn/api/proto/hostagent/hostagentconnect"
+	"github.com/wrenn/wrenn/internal/accesslog"
 	"github.com/wrenn/wrenn/internal/agent"
 	"github.com/wrenn/wrenn/internal/client"
 	"github.com/wrenn/wrenn/internal/controlplane"
@@ -46,7 +47,8 @@ type platform struct {
 	log    *slog.Logger
 	plane  *controlplane.ControlPlane
 	proxy  *proxy.Proxy
-	acme   *tlscert.ACME // nil without ACME
+	acme   *tlscert.ACME  // nil without ACME
+	access *accesslog.Log // nil when it is off
 	apiURL string
 
 	ended chan error // the first part that ended by itself says why
@@ -137,7 +139,10 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 		Store: db, Agent: hostAgent, HostID: hostID, MasterKey: master, Log: p.log,
 		OnGone: func(id string) { p.proxy.Evict(id) },
 	})
-	p.proxy = proxy.New(proxy.Config{Resolver: p.plane, Domain: p.opts.Domain, Log: p.log, Limit: p.opts.Connections})
+	if err := p.openAccessLog(); err != nil {
+		return err
+	}
+	p.proxy = proxy.New(proxy.Config{Resolver: p.plane, Domain: p.opts.Domain, Log: p.log, Limit: p.opts.Connections, AccessLog: p.access})
 	team, err := p.admitOperator(ctx)
 	if err != nil {
 		return err
@@ -251,7 +256,7 @@ func (p *platform) admitOperator(ctx context.Context) (store.Team, error) {
 }
 
 func (p *platform) serve(l server.Listeners) {
-	api := e2b.New(e2b.Config{ControlPlane: p.plane, Domain: p.opts.Domain, TLS: len(l.TLS) > 0, Log: p.log})
+	api := e2b.New(e2b.Config{ControlPlane: p.plane, Domain: p.opts.Domain, TLS: len(l.TLS) > 0, Metrics: p.metrics(), Log: p.log})
 	front := server.New(server.Config{API: api, Proxy: p.proxy, Log: p.log})
 	p.run("server", func(ctx context.Context) error { return front.Serve(ctx, l) })
 	if p.acme != nil {

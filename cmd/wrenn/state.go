@@ -35,6 +35,7 @@ func (d dataDir) agent() string       { return filepath.Join(string(d), "agent")
 func (d dataDir) runsc() string       { return filepath.Join(d.agent(), "runsc") }
 func (d dataDir) sandboxes() string   { return filepath.Join(d.agent(), "sandboxes") }
 func (d dataDir) log() string         { return filepath.Join(string(d), "log", "wrenn.log") }
+func (d dataDir) accessLog() string   { return filepath.Join(string(d), "log", "access.log") }
 
 // authority is the machine's own certificate authority.
 func (d dataDir) authority() tlscert.Files {

@@ -11,12 +11,14 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/wrenn/wrenn/internal/accesslog"
 	"github.com/wrenn/wrenn/internal/proxy"
 )
 
@@ -35,6 +37,7 @@ type upOptions struct {
 	Resolver    netip.Addr     `json:"resolver"`
 	ReadySlots  int            `json:"ready_slots"`
 	Connections int            `json:"connections"`
+	AccessLog   string         `json:"access_log"` // a path, "-", "off", or empty for the one in the data directory
 }
 
 func newUpCmd() *cobra.Command {
@@ -59,6 +62,11 @@ Python in a new sandbox, and returns.`,
 			if err := opts.parse(cidr, allow, dns); err != nil {
 				return err
 			}
+			if cmd.Flags().Changed("access-log") {
+				if err := opts.parseAccessLog(); err != nil {
+					return err
+				}
+			}
 			dir, err := openDataDir(dataFlag(cmd))
 			if err != nil {
 				return err
@@ -79,6 +87,7 @@ Python in a new sandbox, and returns.`,
 	f.StringVar(&dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
 	f.IntVar(&opts.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
 	f.IntVar(&opts.Connections, "connections-per-sandbox", proxy.DefaultLimit, "requests and WebSockets open at once to the applications of one sandbox")
+	f.StringVar(&opts.AccessLog, "access-log", "", "file for the access log of the data plane, - for standard output, or off (default DIR/log/access.log)")
 	f.BoolVar(&detach, "detach", false, "start in the background and check that it works")
 	return cmd
 }
@@ -113,6 +122,20 @@ func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
 	}
 	if o.Connections < 1 {
 		return usageErrorf("--connections-per-sandbox: want more than 0")
+	}
+	return nil
+}
+
+// parseAccessLog makes a path independent of the working directory.
+func (o *upOptions) parseAccessLog() (err error) {
+	switch o.AccessLog {
+	case "":
+		return usageErrorf("--access-log: want a path, - or off")
+	case accesslog.Stdout, accessLogOff:
+		return nil
+	}
+	if o.AccessLog, err = filepath.Abs(o.AccessLog); err != nil {
+		return fmt.Errorf("--access-log: %w", err)
 	}
 	return nil
 }

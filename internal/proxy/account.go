@@ -96,6 +96,14 @@ func (p *Proxy) turnedAway(r *http.Request, d Destination, status int, begun tim
 	p.logTurnedAway(r, d, status, begun)
 }
 
+// refuseStream answers a request for which begin has no room.
+func (p *Proxy) refuseStream(w http.ResponseWriter, r *http.Request, d Destination, f failure) {
+	begun := time.Now()
+	writeFailure(w, r, f)
+	p.ledger.refused(d)
+	p.logTurnedAway(r, d, f.Code, begun)
+}
+
 func (p *Proxy) logTurnedAway(r *http.Request, d Destination, status int, begun time.Time) {
 	if p.accessLog == nil {
 		return

@@ -65,6 +65,7 @@ func (p *Proxy) failForward(s *stream, out *http.Request, err error) {
 	case s.clientCtx.Err() != nil:
 		panic(http.ErrAbortHandler)
 	case errors.As(err, &dial):
+		s.dialFailed()
 		p.log.Debug("dial guest", "sandbox", s.dest.SandboxID, "port", s.dest.Port, "error", err)
 		if s.hopPrefix != "" {
 			s.fail(out, failure{SandboxID: s.dest.SandboxID, Message: "The host of the sandbox cannot be reached just now; try again in a moment", Code: http.StatusServiceUnavailable})

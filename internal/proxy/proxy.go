@@ -17,6 +17,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/wrenn/wrenn/internal/accesslog"
 )
 
 // AgentPort is the guest agent's port inside every sandbox.
@@ -61,6 +63,8 @@ type Config struct {
 	// the applications of one sandbox, and how many to its guest agent. Zero:
 	// DefaultLimit.
 	Limit int
+
+	AccessLog *accesslog.Log // gets a line for each request; nil: there is none
 }
 
 // DefaultLimit bounds what one sandbox can take of the proxy's connections.
@@ -76,6 +80,9 @@ type Proxy struct {
 	limit    int
 	buffers  bufferPool
 
+	accessLog *accesslog.Log // may be nil
+	ledger    ledger
+
 	mu     sync.Mutex // guards the rest and the insides of every guest
 	guests map[string]*guest
 	open   int // requests under way
@@ -85,13 +92,14 @@ type Proxy struct {
 // New returns a proxy. Close ends it.
 func New(cfg Config) *Proxy {
 	p := &Proxy{
-		resolver: cfg.Resolver,
-		domain:   hostname(cfg.Domain),
-		log:      cfg.Log,
-		dial:     cfg.Dial,
-		hop:      cfg.Hop,
-		limit:    cfg.Limit,
-		guests:   make(map[string]*guest),
+		resolver:  cfg.Resolver,
+		domain:    hostname(cfg.Domain),
+		log:       cfg.Log,
+		dial:      cfg.Dial,
+		hop:       cfg.Hop,
+		limit:     cfg.Limit,
+		accessLog: cfg.AccessLog,
+		guests:    make(map[string]*guest),
 	}
 	if p.limit == 0 {
 		p.limit = DefaultLimit
@@ -122,48 +130,56 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // answer breaks off after its header was sent, as httputil.ReverseProxy does.
 func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 	if r.Method == http.MethodConnect && (!isExtendedConnect(r) || d.Port == AgentPort) {
-		writeFailure(w, r, failure{Message: "CONNECT is not served here", Code: http.StatusMethodNotAllowed})
+		p.turnAway(w, r, d, failure{Message: "CONNECT is not served here", Code: http.StatusMethodNotAllowed})
 		return
 	}
 	closesOld(w, r)
 	if wrong := malformed(r); wrong != "" {
-		writeFailure(w, r, failure{Message: wrong, Code: http.StatusBadRequest})
+		p.turnAway(w, r, d, failure{Message: wrong, Code: http.StatusBadRequest})
 		return
 	}
 	target, ok := rawTarget(r)
 	if !ok {
-		writeFailure(w, r, failure{Message: "The request target is malformed", Code: http.StatusBadRequest})
+		p.turnAway(w, r, d, failure{Message: "The request target is malformed", Code: http.StatusBadRequest})
 		return
 	}
 	if d.Prefix != "" {
 		if target.path = strings.TrimPrefix(target.path, d.Prefix); target.path == "" {
 			withSlash(w, d, target)
+			p.turnedAway(r, d, http.StatusPermanentRedirect, time.Now())
 			return
 		}
 	}
 	if d.Port == AgentPort && agentInternal(target.path) {
-		writeFailure(w, r, failure{Message: "This route of the guest agent is not reachable from outside", Code: http.StatusNotFound})
+		p.turnAway(w, r, d, failure{Message: "This route of the guest agent is not reachable from outside", Code: http.StatusNotFound})
 		return
 	}
 
 	s, refused := p.begin(w, r, d)
 	if refused != nil {
 		w.Header().Set("Retry-After", "1")
-		writeFailure(w, r, *refused)
+		p.refuseStream(w, r, d, *refused)
 		return
 	}
+	s.open(r)
 	defer p.end(s)
 	s.target = target
+	p.serve(s, r)
+	s.complete = true // unless it panicked
+}
 
+// serve finds the sandbox and carries the request there.
+func (p *Proxy) serve(s *stream, r *http.Request) {
 	// Resolving comes after begin: if the sandbox goes away between the two,
 	// Evict finds the stream and aborts it, and it never dials an address that
 	// may belong to another sandbox by then.
-	where, err := p.resolver.Resolve(s.ctx, d.SandboxID)
+	where, err := p.resolver.Resolve(s.ctx, s.dest.SandboxID)
 	if err != nil {
 		p.failResolve(s, r, err)
 		return
 	}
 	s.aim(where)
+	p.attribute(s)
 	if s.admit(r, where.Access) {
 		p.carry(s, r)
 	}
@@ -193,6 +209,7 @@ func (p *Proxy) carry(s *stream, r *http.Request) {
 // wait for the handlers to return.
 func (p *Proxy) Evict(id string) {
 	p.mu.Lock()
+	p.ledger.forget(id)
 	g := p.guests[id]
 	if g == nil {
 		p.mu.Unlock()

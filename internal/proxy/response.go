@@ -16,6 +16,7 @@ type source struct {
 // piece is waited for. It panics with http.ErrAbortHandler when the answer breaks
 // off after its header was sent.
 func (s *stream) respond(res *http.Response, from source) {
+	s.fromGuest = true
 	copyAnswerHeader(s.Header(), res)
 	s.rewriteAnswer()
 	for name := range res.Trailer {

@@ -40,10 +40,16 @@ type stream struct {
 	mask       string         // host, where it is another than clientHost
 	trusted    bool           // the forwarding headers are those of a front and go on as they are
 
-	begun    time.Time
-	status   int   // of the answer; 0 while there is none
-	sent     tally // bytes of the answer's body that went to the client
-	received tally // bytes of the request's body that came from the client
+	begun      time.Time
+	status     int           // of the answer; 0 while there is none
+	answerTime time.Duration // until its header
+	fromGuest  bool          // the answer is the application's
+	complete   bool          // all of it went out, as far as can be told
+	sent       tally         // bytes of the answer's body that went to the client
+	received   tally         // bytes of the request's body that came from the client
+	usages     [2]*usage     // of all sandboxes, and of the port; the latter may be nil
+	protocol   string        // of the client, "HTTP/1.1"
+	client     string        // its IP address
 
 	mu       sync.Mutex
 	aborted  bool     // by Evict
@@ -145,6 +151,7 @@ func (s *stream) aim(where Target) {
 
 // end takes it out again.
 func (p *Proxy) end(s *stream) {
+	s.settle()
 	s.mu.Lock()
 	s.finished = true
 	s.mu.Unlock()
@@ -214,7 +221,7 @@ func (s *stream) WriteHeader(status int) {
 	if aborted {
 		panic(http.ErrAbortHandler)
 	}
-	s.status = status
+	s.answered(status)
 	h := s.Header()
 	if h["Content-Type"] == nil {
 		h["Content-Type"] = nil // keeps net/http from guessing one

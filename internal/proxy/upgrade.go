@@ -35,7 +35,8 @@ func (e *exchange) upgrade(res *http.Response) {
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
-	s.status = http.StatusSwitchingProtocols
+	s.fromGuest = true
+	s.answered(http.StatusSwitchingProtocols)
 	defer client.Close()
 	e.watch() // the server does not watch a connection that it has given away
 	if len(early) > 0 {

@@ -17,7 +17,7 @@ const (
 	failed                     // 5xx, the proxy's own included
 	brokenOff                  // there was no answer, or only a part of one
 	overLimit                  // the sandbox had too many already
-	numOutcomes int            = iota
+	numOutcomes int     = iota
 )
 
 var outcomeNames = [numOutcomes]string{"1xx", "2xx", "3xx", "4xx", "5xx", "broken", "refused"}

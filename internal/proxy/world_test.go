@@ -103,7 +103,10 @@ func newWorldWith(t testing.TB, cfg proxy.Config) *world {
 		idA: netip.MustParseAddr("127.0.0.1"),
 		idB: netip.MustParseAddr("127.0.0.2"),
 	}}}
-	cfg.Resolver, cfg.Domain = w.sandboxes, "wrenn.test:8443"
+	cfg.Domain = "wrenn.test:8443"
+	if cfg.Resolver == nil {
+		cfg.Resolver = w.sandboxes
+	}
 	w.proxy = proxy.New(cfg)
 	front := server.New(server.Config{Proxy: w.proxy, API: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w.proxy.ServeHTTP(rw, r) // what is for no sandbox is refused here

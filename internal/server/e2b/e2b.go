@@ -45,9 +45,10 @@ type ControlPlane interface {
 // Config is what the API's handler needs.
 type Config struct {
 	ControlPlane ControlPlane
-	Domain       string // of the data plane, may hold a port; empty: clients use their own
-	TLS          bool   // the domain is served over TLS, for clients on other machines
-	EnvdVersion  string // said of sandboxes whose record has none
+	Domain       string       // of the data plane, may hold a port; empty: clients use their own
+	TLS          bool         // the domain is served over TLS, for clients on other machines
+	EnvdVersion  string       // said of sandboxes whose record has none
+	Metrics      http.Handler // serves the platform's metrics, which the operator's team may see; may be nil
 	Log          *slog.Logger
 }
 
@@ -56,13 +57,14 @@ type api struct {
 	domain      string
 	tls         bool
 	envdVersion string
+	platform    http.Handler
 	log         *slog.Logger
 	routes      []route
 }
 
 // New returns the handler of the API.
 func New(cfg Config) http.Handler {
-	a := &api{plane: cfg.ControlPlane, domain: cfg.Domain, tls: cfg.TLS, envdVersion: cfg.EnvdVersion, log: cfg.Log}
+	a := &api{plane: cfg.ControlPlane, domain: cfg.Domain, tls: cfg.TLS, envdVersion: cfg.EnvdVersion, platform: cfg.Metrics, log: cfg.Log}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}

@@ -19,6 +19,7 @@ type route struct {
 func (a *api) table() []route {
 	routes := []route{
 		{method: "GET", pattern: "/health", handle: a.health, open: true},
+		{method: "GET", pattern: "/metrics", handle: a.platformMetrics},
 
 		{method: "POST", pattern: "/sandboxes", handle: a.createV1},
 		{method: "POST", pattern: "/v2/sandboxes", handle: a.createV2},
