@@ -13,11 +13,10 @@ type descriptions struct {
 
 func describe(prefix, of string, labels ...string) descriptions {
 	desc := func(name, help string, more ...string) *prometheus.Desc {
-		return prometheus.NewDesc(prefix+name, help+of, append(more, labels...), nil)
+		return prometheus.NewDesc(prefix+name, help+" ("+of+").", append(more, labels...), nil)
 	}
 	return descriptions{
-		requests: desc("requests_total", "Requests that have ended, by class of status; "+
-			"\"broken\" ones ended before their answer did, \"refused\" ones were over the limit of their sandbox", "code"),
+		requests:     desc("requests_total", "Requests that have ended, by class of status, or broken off, or refused for the sandbox's limit", "code"),
 		open:         desc("open_streams", "Requests and upgraded connections under way"),
 		sent:         desc("sent_bytes_total", "Bytes of bodies and of upgraded connections that went to clients"),
 		received:     desc("received_bytes_total", "Bytes of bodies and of upgraded connections that came from clients"),
@@ -27,8 +26,8 @@ func describe(prefix, of string, labels ...string) descriptions {
 }
 
 var (
-	ofPort = describe("wrenn_proxy_", ", by sandbox and port.", "sandbox", "port")
-	ofAll  = describe("wrenn_proxy_all_", ", of all sandboxes, also those that are gone.")
+	ofPort = describe("wrenn_proxy_", "by sandbox and port", "sandbox", "port")
+	ofAll  = describe("wrenn_proxy_all_", "of all sandboxes, those that are gone included")
 )
 
 // Describe implements prometheus.Collector.
