@@ -54,7 +54,7 @@ func Proxy(ctx context.Context, o ProxyOptions) (_ Report, err error) {
 		return r, err
 	}
 	upstream, err := startNginx(ctx, b.dir, "upstream", "worker_processes 1;", func(address string) string {
-		return fmt.Sprintf("server { listen %s backlog=4096; root %s; }", address, filepath.Join(b.dir, "files"))
+		return fmt.Sprintf("access_log off; server { listen %s backlog=4096; root %s; }", address, filepath.Join(b.dir, "files"))
 	})
 	if err != nil {
 		return r, err

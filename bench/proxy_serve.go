@@ -48,7 +48,7 @@ func startNginx(ctx context.Context, dir, name, workers string, http func(addres
 worker_rlimit_nofile 16384;
 events { worker_connections 8192; }
 http {
-	access_log off; keepalive_requests 1000000000; sendfile on; tcp_nopush on;
+	keepalive_requests 1000000000; sendfile on; tcp_nopush on;
 	client_body_temp_path %[3]s/%[4]s-body; proxy_temp_path %[3]s/%[4]s-proxy;
 	fastcgi_temp_path %[3]s/%[4]s-f; uwsgi_temp_path %[3]s/%[4]s-u; scgi_temp_path %[3]s/%[4]s-s;
 	%[5]s

@@ -42,6 +42,13 @@ func (s *stream) answered(status int) {
 	s.status, s.answerTime = status, time.Since(s.begun)
 }
 
+// switched notes that another protocol goes on from here. Over HTTP/2 the status that
+// says so is 200; it is counted as what it is.
+func (s *stream) switched() {
+	s.fromGuest = true
+	s.answered(http.StatusSwitchingProtocols)
+}
+
 // dialFailed counts a request for which no connection to the guest could be made.
 func (s *stream) dialFailed() {
 	for _, u := range s.usages {

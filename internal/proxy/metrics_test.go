@@ -161,6 +161,25 @@ func TestWebSocketsAreCountedWhileTheyLast(t *testing.T) {
 	w.expect(t, idA, port, map[string]float64{"1xx": 1, "answer_seconds": 1, "sent_bytes_total": 1008, "received_bytes_total": 1016})
 }
 
+func TestWebSocketOverHTTP2IsCountedAsOne(t *testing.T) {
+	w := newWorld(t)
+	port := guest(t, websocketEcho)
+	res, upload := w.connect(t, port, http.Header{})
+	upload.Write(frame("hello"))
+	if _, err := io.ReadFull(res.Body, make([]byte, 7)); err != nil {
+		t.Fatal(err)
+	}
+	w.waitFor(t, func() bool {
+		return cmp.Equal(w.scrape(t, idA, strconv.Itoa(int(port))),
+			map[string]float64{"open_streams": 1, "sent_bytes_total": 7, "received_bytes_total": 11})
+	})
+	upload.Write([]byte{0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8}) // close, 1000
+	io.Copy(io.Discard, res.Body)
+	upload.Close()
+	w.waitIdle(t)
+	w.expect(t, idA, port, map[string]float64{"1xx": 1, "answer_seconds": 1, "sent_bytes_total": 11, "received_bytes_total": 19})
+}
+
 func TestDownloadThatTheClientBreaksOffIsCountedAsBroken(t *testing.T) {
 	for _, version := range []string{"HTTP/1.1", "HTTP/2"} {
 		t.Run(version, func(t *testing.T) {

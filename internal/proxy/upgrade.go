@@ -35,8 +35,7 @@ func (e *exchange) upgrade(res *http.Response) {
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
-	s.fromGuest = true
-	s.answered(http.StatusSwitchingProtocols)
+	s.switched()
 	defer client.Close()
 	e.watch() // the server does not watch a connection that it has given away
 	if len(early) > 0 {
@@ -59,6 +58,7 @@ func (e *exchange) bridge() {
 	c, s := e.conn, e.stream
 	delete(s.Header(), "Sec-Websocket-Accept")
 	s.WriteHeader(http.StatusOK)
+	s.switched()
 	s.flush()
 	var up sync.WaitGroup
 	up.Go(func() {
