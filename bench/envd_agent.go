@@ -1,8 +1,6 @@
 package bench
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,60 +10,10 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 )
-
-// child is a program that runs until it is stopped.
-type child struct {
-	cmd    *exec.Cmd
-	cancel context.CancelFunc
-	ended  chan struct{} // closed when it has ended and err is set
-	err    error
-	stderr bytes.Buffer // to be read after the end
-}
-
-// newChild prepares a program that end tells to end.
-func newChild(ctx context.Context, end func(*exec.Cmd) error, path string, args ...string) *child {
-	c := &child{ended: make(chan struct{})}
-	ctx, c.cancel = context.WithCancel(ctx)
-	c.cmd = exec.CommandContext(ctx, path, args...)
-	c.cmd.Cancel = func() error { return end(c.cmd) }
-	c.cmd.WaitDelay = 10 * time.Second
-	c.cmd.Stderr = &c.stderr
-	// An agent must not be left behind, whatever becomes of us: it runs what it is told.
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	return c
-}
-
-func (c *child) start() error {
-	if err := c.cmd.Start(); err != nil {
-		c.cancel()
-		return err
-	}
-	go func() {
-		defer close(c.ended)
-		err := c.cmd.Wait()
-		if err != nil && !errors.Is(err, context.Canceled) {
-			c.err = fmt.Errorf("%s: %w: %s", c.cmd.Path, err, bytes.TrimSpace(c.stderr.Bytes()))
-		}
-	}()
-	return nil
-}
-
-// stop ends it; the error says that it had ended before, or failed to.
-func (c *child) stop() error {
-	select {
-	case <-c.ended:
-		return fmt.Errorf("%s ended by itself: %w", c.cmd.Path, c.err)
-	default:
-	}
-	c.cancel()
-	<-c.ended
-	return c.err
-}
 
 // envdAgent is a guest agent that runs bare on this machine.
 type envdAgent struct {
@@ -150,43 +98,26 @@ func (a *envdAgent) status() (envdStatus, error) {
 // envdFloor is the HTTP server that the agent is compared with: another process,
 // as the agent is one.
 type envdFloor struct {
-	*child
+	*pipedChild
 	url  string
 	http *http.Client
 	dial *atomic.Int32
 }
 
 func startEnvdFloor(ctx context.Context, command []string, dir string) (*envdFloor, error) {
-	var stdin io.Closer
-	closeStdin := func(*exec.Cmd) error { return stdin.Close() }
-	f := &envdFloor{child: newChild(ctx, closeStdin, command[0], append(command[1:len(command):len(command)], dir)...)}
+	process, address, err := startPiped(ctx, nil, command, dir)
+	if err != nil {
+		return nil, fmt.Errorf("start floor: %w", err)
+	}
+	f := &envdFloor{pipedChild: process, url: "http://" + address}
 	f.http, f.dial = loopbackClient()
-	var err error
-	if stdin, err = f.cmd.StdinPipe(); err != nil {
-		return nil, fmt.Errorf("start floor: %w", err)
-	}
-	read, write, err := os.Pipe()
-	if err != nil {
-		return nil, fmt.Errorf("start floor: %w", err)
-	}
-	defer read.Close()
-	f.cmd.Stdout = write
-	err = f.start()
-	write.Close()
-	if err != nil {
-		return nil, fmt.Errorf("start floor: %w", err)
-	}
-	address, err := bufio.NewReader(read).ReadString('\n')
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("floor does not say its address: %w", err), f.stop())
-	}
-	f.url = "http://" + strings.TrimSpace(address)
 	return f, nil
 }
 
 func (f *envdFloor) stop() error {
 	f.http.CloseIdleConnections()
-	return f.child.stop()
+	_, err := f.pipedChild.stop()
+	return err
 }
 
 // ServeEnvdFloor is the other end of what the agent is compared with, in a

@@ -115,7 +115,7 @@ func (b *envdBench) measureEcho(ctx context.Context) error {
 		return fmt.Errorf("open terminal: %w", err)
 	}
 	defer master.close()
-	t, err := b.openTerminal(ctx)
+	t, err := b.agent.wire.openTerminal(ctx, command(b.dir, "/bin/cat"))
 	if err != nil {
 		return err
 	}
@@ -172,17 +172,17 @@ type keystroke struct {
 	at  time.Time
 }
 
-func (b *envdBench) openTerminal(ctx context.Context) (*echoTerminal, error) {
-	request := command(b.dir, "/bin/cat")
+// openTerminal runs a command in a terminal.
+func (w *wire) openTerminal(ctx context.Context, request startRequest) (*echoTerminal, error) {
 	request.Pty = new(ptyOfClient)
 	request.Pty.Size.Cols, request.Pty.Size.Rows = 80, 24
 	streamCtx, leave := context.WithCancel(ctx)
-	s, err := b.agent.wire.start(streamCtx, request)
+	s, err := w.start(streamCtx, request)
 	if err != nil {
 		leave()
 		return nil, err
 	}
-	t := &echoTerminal{wire: b.agent.wire, pid: s.pid, seen: make(chan keystroke, 64), leave: leave}
+	t := &echoTerminal{wire: w, pid: s.pid, seen: make(chan keystroke, 64), leave: leave}
 	go func() {
 		defer close(t.seen)
 		defer s.close()

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -27,6 +28,8 @@ type wire struct {
 	dials *atomic.Int32 // connections made so far
 	token string
 	user  string // whom the agent acts as: who runs the benchmark
+
+	header http.Header // further fields of every request: what a platform routes by
 }
 
 func newWire(address string) *wire {
@@ -66,6 +69,7 @@ func (w *wire) request(ctx context.Context, method, path, contentType string, bo
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(r.Header, w.header)
 	r.ContentLength = length
 	r.SetBasicAuth(w.user, "")
 	if w.token != "" {

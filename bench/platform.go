@@ -19,6 +19,7 @@ import (
 // host, as root: they look at its processes.
 type Platform struct {
 	Client  *client.Client
+	DataURL string // base URL of its data plane, for requests with routing headers
 	DataDir string
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"os"
@@ -27,6 +28,8 @@ func newBenchCmd() *cobra.Command {
 		newBenchmark("lifecycle", "Create, first output, exec and kill, beside bare runsc", 40, "sandboxes to measure", bench.Lifecycle),
 		newBenchmark("density", "Memory and CPU of idle sandboxes", 100, "sandboxes at once", bench.Density),
 		newBenchmark("churn", "Create and kill in a loop: failures, leaks, growth", 500, "cycles", bench.Churn),
+		newTerminalBenchmark(),
+		newTerminalPartCmd(),
 		newEnvdBenchmark(),
 		newEnvdFloorCmd(),
 		newProxyBenchmark(),
@@ -41,29 +44,33 @@ func newBenchmark(name, short string, n int, what string, run func(context.Conte
 		Short: short,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if os.Geteuid() != 0 {
-				return errors.New("benchmarks look at the platform's processes and make bare sandboxes beside it: run them as root")
-			}
 			if n < 1 || n > 10000 {
 				return usageErrorf("-n: want 1 to 10000")
 			}
-			dir := dataFlag(cmd)
-			creds, err := client.LoadCredentials(dataDir(dir).credentials())
-			if err != nil {
-				return err
-			}
-			c, err := client.New(client.Config{APIURL: creds.APIURL, SandboxURL: creds.SandboxURL, APIKey: creds.APIKey})
-			if err != nil {
-				return err
-			}
-			defer c.Close()
-			return printReport(cmd, func(ctx context.Context) (bench.Report, error) {
-				return run(ctx, bench.Platform{Client: c, DataDir: dir}, n)
-			})
+			return benchPlatform(cmd, func(ctx context.Context, p bench.Platform) (bench.Report, error) { return run(ctx, p, n) })
 		},
 	}
 	cmd.Flags().IntVarP(&n, "number", "n", n, what)
 	return cmd
+}
+
+// benchPlatform runs a benchmark of the platform of the data directory.
+func benchPlatform(cmd *cobra.Command, run func(context.Context, bench.Platform) (bench.Report, error)) error {
+	if os.Geteuid() != 0 {
+		return errors.New("benchmarks look at the platform's processes and make bare sandboxes beside it: run them as root")
+	}
+	p := bench.Platform{DataDir: dataFlag(cmd)}
+	creds, err := client.LoadCredentials(dataDir(p.DataDir).credentials())
+	if err != nil {
+		return err
+	}
+	p.DataURL = cmp.Or(creds.SandboxURL, creds.APIURL)
+	p.Client, err = client.New(client.Config{APIURL: creds.APIURL, SandboxURL: creds.SandboxURL, APIKey: creds.APIKey})
+	if err != nil {
+		return err
+	}
+	defer p.Client.Close()
+	return printReport(cmd, func(ctx context.Context) (bench.Report, error) { return run(ctx, p) })
 }
 
 // printReport runs a benchmark, which Ctrl-C ends, and prints what it found.
