@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"time"
 
 	"github.com/wrenn/wrenn/internal/client"
@@ -18,7 +19,8 @@ type TerminalOptions struct {
 
 	// Self is this program's command that calls ServeTerminalApp, RunTerminalLoad
 	// or ServeTerminalRelay for the argument "app", "load" or "relay", the last with
-	// a URL behind it. Its first part is a file, which is copied into the sandbox.
+	// URL and window behind it. Its first part is a file, which is copied into the
+	// sandbox.
 	Self []string
 }
 
@@ -33,9 +35,12 @@ var terminalStates = []string{stateIdle, stateStalled, stateLoaded}
 
 // way is one of the transports that terminal and load take together.
 type way struct {
-	name   string
+	name   string // before the names of its metrics
+	about  string // in the note of its first
 	url    string // of its data plane
-	shared bool
+	shared bool   // may break down, and has no goals
+	rounds int
+	relay  *pipedChild // that everything goes through; nil where there is none
 
 	keys  map[string]*typed
 	loads map[string][]loadReport
@@ -75,32 +80,52 @@ func Terminal(ctx context.Context, p Platform, o TerminalOptions) (_ Report, err
 	if err := b.startApp(ctx, p.Client.Sandbox(b.sandbox)); err != nil {
 		return r, fmt.Errorf("start the application in the sandbox: %w", err)
 	}
-	relay, relayURL, err := startPiped(ctx, nil, o.Self, "relay", p.DataURL)
-	if err != nil {
-		return r, fmt.Errorf("start relay: %w", err)
-	}
-	b.ways = []*way{newWay("", p.DataURL, false), newWay("shared HTTP/2: ", relayURL, true)}
-	err = b.measure(ctx)
-	last, stopped := relay.stop()
-	if err = errors.Join(err, stopped); err != nil {
-		return r, err
-	}
-	var relayed relayReport
-	if err := json.Unmarshal(last, &relayed); err != nil {
-		return r, fmt.Errorf("read the relay's report: %w", err)
+	b.ways = []*way{{url: p.DataURL, rounds: o.Rounds}}
+	defer b.stopRelays()
+	for _, shared := range []struct {
+		name   string
+		window int
+		rounds int
+		about  string
+	}{
+		{"shared HTTP/2: ", 0, o.Rounds, "the library's windows (4 MiB for a stream, 1 GiB for all)"},
+		{"shared HTTP/2, 64 KiB: ", protocolWindow, 1, "the windows that the protocol begins with; one round"},
+	} {
+		relay, url, err := startPiped(ctx, nil, o.Self, "relay", p.DataURL, strconv.Itoa(shared.window))
+		if err != nil {
+			return r, fmt.Errorf("start relay: %w", err)
+		}
+		b.ways = append(b.ways, &way{name: shared.name, about: shared.about, url: url, shared: true, rounds: shared.rounds, relay: relay})
 	}
 	for _, w := range b.ways {
-		r.Results = append(r.Results, w.results(relayed)...)
+		w.keys, w.loads = make(map[string]*typed), make(map[string][]loadReport)
+		for _, state := range terminalStates {
+			w.keys[state] = new(typed)
+		}
+	}
+	if err := b.measure(ctx); err != nil {
+		return r, err
+	}
+	b.stopRelays()
+	for _, w := range b.ways {
+		r.Results = append(r.Results, w.results()...)
 	}
 	return r, nil
 }
 
-func newWay(name, url string, shared bool) *way {
-	w := &way{name: name, url: url, shared: shared, keys: make(map[string]*typed), loads: make(map[string][]loadReport)}
-	for _, state := range terminalStates {
-		w.keys[state] = new(typed)
+// stopRelays ends the relays and notes what they say. That one ended before shows
+// in what went through it.
+func (b *terminalBench) stopRelays() {
+	for _, w := range b.ways {
+		if w.relay == nil {
+			continue
+		}
+		var last relayReport
+		if text, err := w.relay.stop(); err == nil && json.Unmarshal(text, &last) == nil {
+			w.about += fmt.Sprintf("; %d connection to the platform", last.Connections)
+		}
+		w.relay = nil
 	}
-	return w
 }
 
 // startApp runs this program in the sandbox and returns when it serves.
@@ -129,6 +154,9 @@ func (b *terminalBench) measure(ctx context.Context) error {
 		keys := (b.Keys + b.Rounds - 1) / b.Rounds
 		for i := range b.ways {
 			w := b.ways[(i+round)%len(b.ways)] // who comes first changes
+			if round >= w.rounds {
+				continue
+			}
 			for _, state := range terminalStates {
 				progress("terminal: round %d of %d: %s%s", round+1, b.Rounds, w.name, state)
 				err := b.measureState(ctx, w, state, keys)

@@ -15,6 +15,10 @@ import (
 	"time"
 )
 
+// protocolWindow is the flow-control window of HTTP/2 at the start (RFC 9113,
+// section 6.9.2), in bytes. Some clients and servers leave it at that.
+const protocolWindow = 64<<10 - 1
+
 // relayReport is what a relay says at its end.
 type relayReport struct {
 	Connections int32 `json:"connections"` // made to the platform
@@ -22,9 +26,11 @@ type relayReport struct {
 
 // ServeTerminalRelay is what the data plane must not be: a reverse proxy that
 // carries everything, terminals and applications alike, over one HTTP/2
-// connection to the platform at target. Its settings are the standard library's.
-// It prints its address to out, and ends when in does, with a relayReport.
-func ServeTerminalRelay(in io.Reader, out io.Writer, target string) error {
+// connection to the platform at target. window is how many bytes may be on their
+// way on the connection, and on each of its streams; 0 leaves both to the
+// standard library. It prints its address to out, and ends when in does, with a
+// relayReport.
+func ServeTerminalRelay(in io.Reader, out io.Writer, target string, window int) error {
 	to, err := url.Parse(target)
 	if err != nil {
 		return err
@@ -44,6 +50,7 @@ func ServeTerminalRelay(in io.Reader, out io.Writer, target string) error {
 				return new(net.Dialer).DialContext(ctx, network, address)
 			},
 			Protocols:          protocols,
+			HTTP2:              &http.HTTP2Config{MaxReceiveBufferPerConnection: window, MaxReceiveBufferPerStream: window},
 			DisableCompression: true,
 		},
 		Rewrite: func(r *httputil.ProxyRequest) {

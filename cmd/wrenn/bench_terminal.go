@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"strconv"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -50,9 +51,9 @@ machine's processors. Then the same with everything on one HTTP/2 connection.`,
 // the sandbox.
 func newTerminalPartCmd() *cobra.Command {
 	return &cobra.Command{
-		Use:       "terminal-part app|load|relay [URL]",
+		Use:       "terminal-part app|load|relay [URL WINDOW]",
 		Hidden:    true,
-		Args:      cobra.RangeArgs(1, 2),
+		Args:      cobra.RangeArgs(1, 3),
 		ValidArgs: []string{"app", "load", "relay"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
@@ -62,10 +63,14 @@ func newTerminalPartCmd() *cobra.Command {
 				return bench.ServeTerminalApp(ctx, cmd.OutOrStdout())
 			case part == "load" && len(args) == 1:
 				return bench.RunTerminalLoad(cmd.InOrStdin(), cmd.OutOrStdout())
-			case part == "relay" && len(args) == 2:
-				return bench.ServeTerminalRelay(cmd.InOrStdin(), cmd.OutOrStdout(), args[1])
+			case part == "relay" && len(args) == 3:
+				window, err := strconv.Atoi(args[2])
+				if err != nil {
+					return usageErrorf("%q is not a window", args[2])
+				}
+				return bench.ServeTerminalRelay(cmd.InOrStdin(), cmd.OutOrStdout(), args[1], window)
 			}
-			return usageErrorf("want app, load or relay with a URL")
+			return usageErrorf("want app, load, or relay with URL and window")
 		},
 	}
 }
