@@ -40,6 +40,7 @@ type way struct {
 	url    string // of its data plane
 	shared bool   // may break down, and has no goals
 	rounds int
+	states []string
 	relay  *pipedChild // that everything goes through; nil where there is none
 
 	keys  map[string]*typed
@@ -80,22 +81,26 @@ func Terminal(ctx context.Context, p Platform, o TerminalOptions) (_ Report, err
 	if err := b.startApp(ctx, p.Client.Sandbox(b.sandbox)); err != nil {
 		return r, fmt.Errorf("start the application in the sandbox: %w", err)
 	}
-	b.ways = []*way{{url: p.DataURL, rounds: o.Rounds}}
+	b.ways = []*way{{url: p.DataURL, rounds: o.Rounds, states: terminalStates}}
 	defer b.stopRelays()
 	for _, shared := range []struct {
 		name   string
 		window int
 		rounds int
+		states []string
 		about  string
 	}{
-		{"shared HTTP/2: ", 0, o.Rounds, "the library's windows (4 MiB for a stream, 1 GiB for all)"},
-		{"shared HTTP/2, 64 KiB: ", protocolWindow, 1, "the windows that the protocol begins with; one round"},
+		{"shared HTTP/2: ", 0, o.Rounds, terminalStates, "the library's windows (4 MiB for a stream, 1 GiB for all)"},
+		{"shared HTTP/2, 64 KiB: ", protocolWindow, 1, terminalStates[:2], "the windows that the protocol begins with; one round"},
 	} {
 		relay, url, err := startPiped(ctx, nil, o.Self, "relay", p.DataURL, strconv.Itoa(shared.window))
 		if err != nil {
 			return r, fmt.Errorf("start relay: %w", err)
 		}
-		b.ways = append(b.ways, &way{name: shared.name, about: shared.about, url: url, shared: true, rounds: shared.rounds, relay: relay})
+		b.ways = append(b.ways, &way{
+			name: shared.name, about: shared.about, url: url, shared: true,
+			rounds: shared.rounds, states: shared.states, relay: relay,
+		})
 	}
 	for _, w := range b.ways {
 		w.keys, w.loads = make(map[string]*typed), make(map[string][]loadReport)
@@ -157,7 +162,7 @@ func (b *terminalBench) measure(ctx context.Context) error {
 			if round >= w.rounds {
 				continue
 			}
-			for _, state := range terminalStates {
+			for _, state := range w.states {
 				progress("terminal: round %d of %d: %s%s", round+1, b.Rounds, w.name, state)
 				err := b.measureState(ctx, w, state, keys)
 				switch {

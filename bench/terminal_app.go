@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/coder/websocket"
@@ -29,22 +30,7 @@ func ServeTerminalApp(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /messages", echoWebSocket)
-	mux.HandleFunc("POST /messages", echoStream)
-	mux.HandleFunc("GET /poll", func(w http.ResponseWriter, _ *http.Request) { w.Write(pollAnswer) })
-	mux.HandleFunc("GET /download", func(w http.ResponseWriter, _ *http.Request) {
-		block := make([]byte, 64<<10)
-		for {
-			if _, err := w.Write(block); err != nil {
-				return
-			}
-		}
-	})
-	mux.HandleFunc("POST /upload", func(_ http.ResponseWriter, r *http.Request) {
-		_, _ = io.Copy(io.Discard, r.Body) // until the client leaves
-	})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: terminalApp(), ReadHeaderTimeout: 10 * time.Second}
 	defer context.AfterFunc(ctx, func() { server.Close() })()
 	if _, err := fmt.Fprintln(out, l.Addr()); err != nil {
 		return err
@@ -53,6 +39,57 @@ func ServeTerminalApp(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	return nil
+}
+
+func terminalApp() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /messages", echoWebSocket)
+	mux.HandleFunc("POST /messages", echoStream)
+	mux.HandleFunc("GET /poll", func(w http.ResponseWriter, _ *http.Request) { w.Write(pollAnswer) })
+	mux.HandleFunc("POST /upload", func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body) // until the client leaves
+	})
+	d := downloads{writing: make(map[*http.Request]time.Time)}
+	mux.HandleFunc("GET /download", d.serve)
+	mux.HandleFunc("GET /blocked", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, d.blocked()) })
+	return mux
+}
+
+// downloads never end by themselves.
+type downloads struct {
+	mu      sync.Mutex
+	writing map[*http.Request]time.Time // since when each waits for its client to read
+}
+
+func (d *downloads) serve(w http.ResponseWriter, r *http.Request) {
+	defer func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.writing, r)
+	}()
+	block := make([]byte, transferUnit)
+	for {
+		d.mu.Lock()
+		d.writing[r] = time.Now()
+		d.mu.Unlock()
+		if _, err := w.Write(block); err != nil {
+			return
+		}
+	}
+}
+
+// blocked is how many downloads have not moved for a while: all buffers on the
+// way to their readers are full.
+func (d *downloads) blocked() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := 0
+	for _, since := range d.writing {
+		if time.Since(since) > 500*time.Millisecond {
+			n++
+		}
+	}
+	return n
 }
 
 func echoWebSocket(w http.ResponseWriter, r *http.Request) {

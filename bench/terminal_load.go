@@ -41,10 +41,9 @@ const (
 
 	// loadPatience is how long the load may take until all of it flows. Where
 	// it cannot, it is measured as it is.
-	loadPatience = 10 * time.Second
-	// loadSettles is how long the governor is given to find the rate, and
-	// stalled downloads to fill what buffers there are.
-	loadSettles = 4 * time.Second
+	loadPatience = 5 * time.Second
+	// governorSettles is how long the governor is given to find the rate.
+	governorSettles = 4 * time.Second
 )
 
 // loadReport is what a load process did between being settled and its end.
@@ -55,6 +54,7 @@ type loadReport struct {
 	Down     int64   `json:"down"`     // bytes
 	Up       int64   `json:"up"`       // bytes
 	Flowing  int64   `json:"flowing"`  // connections on which something has come or gone
+	Blocked  int64   `json:"blocked"`  // downloads that could not go on, seen from the application
 	Rate     float64 `json:"rate"`     // bytes per second allowed at the end
 	Errors   int64   `json:"errors"`
 	Error    string  `json:"error,omitempty"` // the first
@@ -66,8 +66,8 @@ type load struct {
 	http     *http.Client
 	governor *governor
 
-	messages, polls, down, up, flowing, errors atomic.Int64
-	progress                                   chan struct{} // one for each connection that flows
+	messages, polls, down, up, flowing, blocked, errors atomic.Int64
+	progress                                            chan struct{} // one for each connection that flows
 
 	mu    sync.Mutex
 	first error
@@ -135,7 +135,7 @@ func (l *load) connections() int {
 func (l *load) report() loadReport {
 	r := loadReport{
 		Messages: l.messages.Load(), Polls: l.polls.Load(), Down: l.down.Load(), Up: l.up.Load(),
-		Flowing: l.flowing.Load(), Rate: float64(l.governor.limiter.Limit()), Errors: l.errors.Load(),
+		Flowing: l.flowing.Load(), Blocked: l.blocked.Load(), Rate: float64(l.governor.limiter.Limit()), Errors: l.errors.Load(),
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -184,24 +184,53 @@ func (l *load) fail(err error) {
 	}
 }
 
-// settle waits until everything flows and has found its pace.
+// settle waits until everything flows, what has stopped has filled all buffers,
+// and the rest has found its pace.
 func (l *load) settle(ctx context.Context) {
-	patience := time.NewTimer(loadPatience)
-	defer patience.Stop()
+	patience, cancel := context.WithTimeout(ctx, loadPatience)
+	defer cancel()
 	for waiting := l.connections(); waiting > 0; {
 		select {
 		case <-l.progress:
 			waiting--
-		case <-patience.C:
+		case <-patience.Done():
 			waiting = 0
-		case <-ctx.Done():
-			return
 		}
 	}
-	select {
-	case <-time.After(loadSettles):
-	case <-ctx.Done():
+	if l.Downloads+l.Uploads > 0 {
+		select {
+		case <-time.After(governorSettles):
+		case <-ctx.Done():
+		}
 	}
+	if l.Stalled == 0 {
+		return
+	}
+	patience, cancel = context.WithTimeout(ctx, 2*loadPatience)
+	defer cancel()
+	look := time.NewTicker(100 * time.Millisecond)
+	defer look.Stop()
+	for l.countBlocked(patience) == nil && l.blocked.Load() < int64(l.Stalled) {
+		select {
+		case <-look.C:
+		case <-patience.Done():
+		}
+	}
+}
+
+// countBlocked asks the application how many downloads do not move.
+func (l *load) countBlocked(ctx context.Context) error {
+	resp, err := l.get(ctx, "/blocked")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	var n int64
+	if _, err := fmt.Fscan(resp.Body, &n); err != nil {
+		return err
+	}
+	l.blocked.Store(n)
+	return nil
 }
 
 // flows notes that a connection is in use.

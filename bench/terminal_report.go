@@ -2,6 +2,7 @@ package bench
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -13,10 +14,14 @@ var terminalGoals = map[string]float64{stateStalled: 1.2, stateLoaded: 2}
 // loaded with.
 func (w *way) results() []Result {
 	var results []Result
-	for _, state := range terminalStates {
+	for _, state := range w.states {
 		results = append(results, w.keystroke(state))
 	}
-	return append(append(results, w.cpu()), w.load()...)
+	results = append(results, w.stalled())
+	if slices.Contains(w.states, stateLoaded) {
+		results = append(append(results, w.cpu()), w.load()...)
+	}
+	return results
 }
 
 // keystroke is the figure of one state. Its ratio compares medians, as in every
@@ -47,6 +52,20 @@ func (w *way) keystroke(state string) Result {
 	}
 	r.Note = strings.Join(notes, "; ")
 	return r
+}
+
+// stalled is how many downloads had stopped indeed, while keys were typed.
+func (w *way) stalled() Result {
+	var blocked samples
+	for _, l := range w.loads[stateStalled] {
+		blocked = append(blocked, float64(l.Blocked))
+	}
+	r := blocked.resultOrNone(w.name+"load: stalled downloads", "downloads")
+	r.Note = "that could not go on, as the application sees it"
+	if w.shared {
+		return r
+	}
+	return r.want(fmt.Sprintf("≥ %d", fullLoad.Stalled), r.P50 >= float64(fullLoad.Stalled))
 }
 
 // cpu is how busy the machine was. The goals hold where it was not saturated.
