@@ -191,7 +191,7 @@ func (b *terminalBench) measureState(ctx context.Context, w *way, state string, 
 	order.Rate = max(order.Rate, b.rate[w])
 	switch state {
 	case stateIdle:
-		return w.keys[state].measure(ctx, t, keys)
+		return w.keys[state].measure(ctx, t, keys, keyPatience)
 	case stateStalled:
 		order = loadOrder{URL: order.URL, Sandbox: order.Sandbox, Stalled: order.Stalled}
 	}
@@ -203,7 +203,7 @@ func (b *terminalBench) measureState(ctx context.Context, w *way, state string, 
 	if err != nil {
 		return fmt.Errorf("start load: %w", err)
 	}
-	err = w.keys[state].measure(ctx, t, keys)
+	err = w.keys[state].measure(ctx, t, keys, keyPatience)
 	last, stopped := load.stop()
 	if stopped != nil {
 		return errors.Join(err, stopped)

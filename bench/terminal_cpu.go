@@ -52,6 +52,9 @@ const (
 	leastRate    = 1 * mebibyte // bytes per second of all transfers together
 	mostRate     = 64 << 30
 	transferUnit = 64 << 10 // bytes that are moved at once
+
+	// governorMargin of the limit is aimed at: it is a limit and not a mean.
+	governorMargin = .95
 )
 
 // governor slows transfers down so far that the machine is used up to a limit.
@@ -63,7 +66,7 @@ type governor struct {
 
 func newGovernor(limit, bytesPerSecond float64, moved func() int64) *governor {
 	return &governor{
-		limit:   limit,
+		limit:   limit * governorMargin,
 		limiter: rate.NewLimiter(rate.Limit(max(bytesPerSecond, leastRate)), 4*transferUnit),
 		moved:   moved,
 	}

@@ -71,8 +71,8 @@ var errLost = errors.New("does not come back")
 
 // strike types a key and returns how long it took to come back. Keys that were
 // given up before and come now are passed over.
-func (t *echoTerminal) strike(ctx context.Context, key byte) (time.Duration, error) {
-	waiting, cancel := context.WithTimeout(ctx, keyPatience)
+func (t *echoTerminal) strike(ctx context.Context, key byte, patience time.Duration) (time.Duration, error) {
+	waiting, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	begin := time.Now()
 	if err := t.wire.sendInput(waiting, t.pid, []byte{key}); err != nil {
@@ -104,7 +104,7 @@ func (t *echoTerminal) strike(ctx context.Context, key byte) (time.Duration, err
 var keyboard = bytes.ToUpper([]byte("abcdefghijklmnopqrstuvwxyz"))
 
 // measure types keys, each when the one before is back, with pauses between.
-func (m *typed) measure(ctx context.Context, t *echoTerminal, keys int) error {
+func (m *typed) measure(ctx context.Context, t *echoTerminal, keys int, patience time.Duration) error {
 	var cpu cpuMeter
 	if _, err := cpu.used(); err != nil {
 		return err
@@ -118,11 +118,11 @@ func (m *typed) measure(ctx context.Context, t *echoTerminal, keys int) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		took, err := t.strike(ctx, keyboard[i%len(keyboard)])
+		took, err := t.strike(ctx, keyboard[i%len(keyboard)], patience)
 		if errors.Is(err, errLost) {
 			m.lost++
 			inRow++
-			m.addMillis(keyPatience)
+			m.addMillis(patience)
 			continue
 		}
 		if err != nil {

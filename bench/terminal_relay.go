@@ -50,6 +50,7 @@ func ServeTerminalRelay(in io.Reader, out io.Writer, target string, window int) 
 				return new(net.Dialer).DialContext(ctx, network, address)
 			},
 			Protocols:          protocols,
+			MaxConnsPerHost:    1, // several are made otherwise when requests come at once
 			HTTP2:              &http.HTTP2Config{MaxReceiveBufferPerConnection: window, MaxReceiveBufferPerStream: window},
 			DisableCompression: true,
 		},
