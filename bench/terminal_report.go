@@ -107,7 +107,7 @@ func (w *way) load() []Result {
 	const enough = .95 // of what is asked for; the rest are moments at begin and end
 	kind := "WebSockets"
 	if w.shared {
-		kind = "streams (a WebSocket cannot go over the shared connection)"
+		kind = "streams in place of WebSockets, which the relay cannot open over HTTP/2"
 	}
 	m := messages.resultOrNone(w.name+"load: messages", "1/s")
 	m.Note = fmt.Sprintf("that came back, of %d bytes, over %d %s, %d/s each", messageSize, fullLoad.Sockets, kind, messageRate)
