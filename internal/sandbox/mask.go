@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"net/netip"
 	"strconv"
 	"strings"
 )
@@ -12,21 +13,27 @@ const MaskPort = "${PORT}"
 // port, in which MaskPort may occur. The error is of kind ErrInvalid.
 func CheckMaskRequestHost(mask string) error {
 	// The longest number, so that what is checked is as long as it gets.
-	host := strings.ReplaceAll(mask, MaskPort, "65535")
-	name, port, hasPort := host, "", false
-	if address, rest, found := strings.Cut(host, "]"); found && strings.HasPrefix(address, "[") {
-		name = strings.Trim(address[1:], ":")
-		port, hasPort = strings.CutPrefix(rest, ":")
-		if name = strings.ReplaceAll(name, ":", ""); !hasPort && rest != "" {
-			name = "" // more than an address
-		}
-	} else {
-		name, port, hasPort = strings.Cut(host, ":")
-	}
-	number, err := strconv.ParseUint(port, 10, 16)
-	if len(host) > 253 || name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._") != "" ||
-		hasPort && (err != nil || number == 0) {
+	if host := strings.ReplaceAll(mask, MaskPort, "65535"); len(host) > 253 || !isHost(host) {
 		return Errorf(ErrInvalid, "maskRequestHost %q: want HOST or HOST:PORT, in which %s stands for the port's number", clip(mask), MaskPort)
 	}
 	return nil
+}
+
+// isHost reports whether s is a name or address with or without a port.
+func isHost(s string) bool {
+	const name = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+	rest := strings.TrimLeft(s, name)
+	if bracketed, found := strings.CutPrefix(s, "["); found {
+		address, behind, closed := strings.Cut(bracketed, "]")
+		if addr, err := netip.ParseAddr(address); !closed || err != nil || !addr.Is6() || addr.Zone() != "" {
+			return false
+		}
+		rest = behind
+	}
+	if rest == "" {
+		return s != ""
+	}
+	port, found := strings.CutPrefix(rest, ":")
+	number, err := strconv.ParseUint(port, 10, 16)
+	return found && rest != s && err == nil && number > 0
 }
