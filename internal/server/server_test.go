@@ -297,3 +297,44 @@ func TestHTTP2LeavesRoomForManyStreams(t *testing.T) {
 		t.Errorf("windows of %d bytes a stream and %d a connection: 64 stalled uploads would stop the rest", streamWindow, connWindow)
 	}
 }
+
+func TestHeadersThatGrowWithoutEndAreRefused(t *testing.T) {
+	p := start(t, server.Config{}, nil)
+	for name, host := range map[string]string{"API": "api.wrenn.test", "sandbox": "80-" + id + ".wrenn.test"} {
+		t.Run("HTTP/1.1, "+name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", p.plain)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(10 * time.Second))
+			go func() {
+				line := "X-Bomb: " + strings.Repeat("x", 1000) + "\r\n"
+				for _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: "+host+"\r\n"); err == nil; {
+					_, err = io.WriteString(conn, line) // until the server has enough
+				}
+			}()
+			answer := make([]byte, 1<<10)
+			n, err := conn.Read(answer)
+			if !strings.HasPrefix(string(answer[:n]), "HTTP/1.1 431 ") {
+				t.Errorf("answer = %q, %v", answer[:n], err)
+			}
+		})
+	}
+	t.Run("HTTP/2", func(t *testing.T) {
+		req, err := http.NewRequest("GET", "http://api.wrenn.test/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 400 {
+			req.Header.Set(fmt.Sprint("X-Bomb-", i), strings.Repeat("x", 1000))
+		}
+		res, err := client(t, p.plain, true, nil).Do(req)
+		if err == nil {
+			defer res.Body.Close()
+		}
+		if err == nil && res.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+			t.Errorf("answer = %s", res.Status)
+		}
+	})
+}
