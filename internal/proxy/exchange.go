@@ -37,7 +37,7 @@ func (p *Proxy) exchange(s *stream, r *http.Request) error {
 			return err
 		}
 		e.conn = c
-		res, err := e.roundTrip()
+		res, err := e.roundTrip() //nolint:bodyclose // its end settles what becomes of the connection, which deliver does
 		if err == nil {
 			e.deliver(res)
 			return nil
@@ -122,7 +122,7 @@ func (e *exchange) readHeader() (*http.Response, error) {
 	c.budget = maxResponseHeader
 	res, err := http.ReadResponse(c.br, &http.Request{Method: e.stream.method})
 	c.budget = -1
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return res, err
@@ -227,9 +227,9 @@ func (e *exchange) copyUpload(to io.Writer, w *uploadWriter) error {
 			}
 		}
 		switch {
-		case err == io.EOF && e.request.ContentLength < 0:
+		case errors.Is(err, io.EOF) && e.request.ContentLength < 0:
 			return nil
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return w.flush()
 		case err != nil:
 			return err

@@ -42,19 +42,6 @@ func rawTarget(r *http.Request) (requestTarget, bool) {
 	return t, strings.HasPrefix(t.path, "/") || (t.path == "*" && r.Method == http.MethodOptions)
 }
 
-// url returns the URL that makes net/http send exactly t to host.
-func (t requestTarget) url(host string, decodedPath string) *url.URL {
-	u := &url.URL{Scheme: "http", Host: host, RawQuery: t.query, ForceQuery: t.hasQuery}
-	if strings.HasPrefix(t.path, "//") {
-		// As Opaque this would be taken for an authority. This way only bytes
-		// that must be escaped in a path and were not come out escaped.
-		u.Path, u.RawPath = decodedPath, t.path
-		return u
-	}
-	u.Opaque = t.path
-	return u
-}
-
 // agentRoutes are served by the guest agent for its host alone.
 var agentRoutes = map[string]bool{
 	"init": true, "freeze": true, "unfreeze": true, "collapse": true,

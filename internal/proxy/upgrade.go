@@ -80,7 +80,7 @@ func (e *exchange) bridge() {
 		c.close()
 		s.stopUpload()
 		up.Wait()
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			panic(http.ErrAbortHandler)
 		}
 		return
@@ -140,7 +140,7 @@ func pump(to, from net.Conn, count *tally, buffers *bufferPool) error {
 		n, err := pumpOnce(to, from, small, buffers)
 		count.Add(int64(n))
 		switch {
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return closeWrite(to)
 		case err != nil:
 			return err

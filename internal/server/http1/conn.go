@@ -235,7 +235,7 @@ func (c *conn) watchClient() {
 		n, err = c.rw.Read(c.buf[:cap(c.buf)])
 		c.buf = c.buf[:n]
 	}
-	if n > 0 || errors.Is(err, os.ErrDeadlineExceeded) || (err == io.EOF && c.answer.halfClose) {
+	if n > 0 || errors.Is(err, os.ErrDeadlineExceeded) || (errors.Is(err, io.EOF) && c.answer.halfClose) {
 		return
 	}
 	c.answer.clientGone.Store(true)
