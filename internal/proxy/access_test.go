@@ -99,11 +99,13 @@ func TestTheGuestAgentsPortAsksForNoTrafficToken(t *testing.T) {
 	guestAt(t, "127.0.0.2:49983", func(rw http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(rw, "%s %s token=%q", r.Host, r.Header.Get("X-Access-Token"), r.Header["E2b-Traffic-Access-Token"])
 	})
-	req := w.request(t, "GET", idB, proxy.AgentPort, "/files", nil)
-	req.Header.Set("X-Access-Token", "its own")
-	req.Header.Set(proxy.HeaderTrafficToken, token)
-	if res, body := do(t, w.http1, req); body != req.Host+` its own token=[]` {
-		t.Errorf("%s %s", res.Status, body)
+	for _, tokens := range [][]string{nil, {token}, {"wrong"}} {
+		req := w.request(t, "GET", idB, proxy.AgentPort, "/files", nil)
+		req.Header.Set("X-Access-Token", "its own")
+		req.Header[proxy.HeaderTrafficToken] = tokens
+		if res, body := do(t, w.http1, req); body != req.Host+` its own token=[]` {
+			t.Errorf("with %q: %s %s", tokens, res.Status, body)
+		}
 	}
 }
 
