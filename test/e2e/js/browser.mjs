@@ -29,13 +29,13 @@ after(async () => { await browser?.close() })
  */
 export function inEachForm(application, what, run, forms = Object.keys(addresses[application])) {
   for (const form of forms) {
-    it(`${what}, in the form ${form}`, async (t) => {
+    it(`${what}, in the form ${form}`, async () => {
       const address = addresses[application][form]
       const context = await browser.newContext()
       const page = await context.newPage()
       const diary = keepDiary(page)
       try {
-        await run(page, address, diary, t)
+        await run(page, address, diary)
         const origin = new URL(address).origin.replace(/^http/, '')
         for (const url of diary.requested) {
           assert.equal(new URL(url).origin.replace(/^(http|ws)/, ''), origin, `it asked for ${url}`)
