@@ -91,13 +91,13 @@ func (g *governor) run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		smooth += (used - smooth) / 3
+		smooth += (used - smooth) / 4
 		now := g.moved()
 		reached := float64(now-before) / governorTick.Seconds()
 		before = now
-		// Down faster than up: what counts is that the limit holds. And never far
-		// above what is reached, or it would take long to come down from there.
-		next := float64(g.limiter.Limit()) * min(max(g.limit/smooth, .7), 1.1)
+		// As fast up as down, so that the mean is at the limit, and never far above
+		// what is reached, or it would take long to come down from there.
+		next := float64(g.limiter.Limit()) * min(max(g.limit/smooth, 1/1.2), 1.2)
 		next = min(next, 2*max(reached, leastRate), mostRate)
 		g.limiter.SetLimit(rate.Limit(max(next, leastRate)))
 	}
