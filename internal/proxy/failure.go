@@ -59,6 +59,7 @@ func notAnswered(d Destination) failure {
 // failForward answers a request that the guest did not.
 func (p *Proxy) failForward(s *stream, out *http.Request, err error) {
 	var dial *dialError
+	var refused *refusal
 	switch {
 	case s.isAborted(), errors.Is(err, errEvicted):
 		s.fail(out, notFound(s.dest))
@@ -72,6 +73,8 @@ func (p *Proxy) failForward(s *stream, out *http.Request, err error) {
 			return
 		}
 		s.fail(out, p.unreachable(s))
+	case errors.As(err, &refused):
+		s.fail(out, refused.failure)
 	case s.upload != nil && s.upload.broken.Load():
 		s.fail(out, failure{SandboxID: s.dest.SandboxID, Message: "The request body is malformed", Code: http.StatusBadRequest})
 	default:

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -164,6 +165,22 @@ func resetOnClose(c net.Conn) {
 	if tcp, ok := c.(interface{ SetLinger(int) error }); ok {
 		_ = tcp.SetLinger(0) // fails only on a connection that is closed
 	}
+}
+
+// breakOff ends a connection with a reset, at once: TLS over it must not say that
+// this is its proper end.
+func breakOff(c io.Closer) {
+	for {
+		over, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		c = over.NetConn()
+	}
+	if conn, ok := c.(net.Conn); ok {
+		resetOnClose(conn)
+	}
+	_ = c.Close() // an error means that it was closed already
 }
 
 // bufferPool lends the buffers that bodies are copied through.

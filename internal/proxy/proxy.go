@@ -129,7 +129,13 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // Forward carries a request to d. It panics with http.ErrAbortHandler when the
 // answer breaks off after its header was sent, as httputil.ReverseProxy does.
 func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
-	if r.Method == http.MethodConnect && (!isExtendedConnect(r) || d.Port == AgentPort) {
+	tunnel := tunnels(r)
+	if tunnel {
+		if refused := refuseTunnel(w, r, d); refused != nil {
+			p.turnAway(w, r, d, *refused)
+			return
+		}
+	} else if r.Method == http.MethodConnect && (!isExtendedConnect(r) || d.Port == AgentPort) {
 		p.turnAway(w, r, d, failure{Message: "CONNECT is not served here", Code: http.StatusMethodNotAllowed})
 		return
 	}
@@ -144,7 +150,7 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 		return
 	}
 	if d.Prefix != "" {
-		if target.path = strings.TrimPrefix(target.path, d.Prefix); target.path == "" {
+		if target.path = strings.TrimPrefix(target.path, d.Prefix); target.path == "" && !tunnel {
 			withSlash(w, d, target)
 			p.turnedAway(r, d, http.StatusPermanentRedirect, time.Now())
 			return
@@ -163,7 +169,7 @@ func (p *Proxy) Forward(w http.ResponseWriter, r *http.Request, d Destination) {
 	}
 	s.open(r)
 	defer p.end(s)
-	s.target = target
+	s.target, s.tunnel = target, tunnel
 	p.serve(s, r)
 	s.complete = true // unless it panicked
 }
@@ -194,7 +200,10 @@ func (p *Proxy) carry(s *stream, r *http.Request) {
 		_ = http.NewResponseController(s.ResponseWriter).EnableFullDuplex()
 	}
 	exchange := p.exchange
-	if isGRPC(r) && s.dest.Port != AgentPort {
+	switch {
+	case s.tunnel:
+		exchange = p.tunnel
+	case isGRPC(r) && s.dest.Port != AgentPort:
 		exchange = p.exchangeGRPC
 	}
 	if err := exchange(s, r); err != nil {

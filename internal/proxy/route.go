@@ -46,13 +46,18 @@ type Destination struct {
 // whatever its suffix is, which makes localhost and wildcard DNS services work
 // without configuration.
 //
-// For the data plane of a host agent the path alone decides, see Config.Hop.
+// For the data plane of a host agent the path alone decides, see Config.Hop, and for
+// tunnels, which have none, a target of the form "{port}-{id}:{port}".
 //
 // The host is that of the request target where the target has one, as RFC 9112,
 // 3.2.2 wants it, else of the Host header; in HTTP/2 it is the authority. It is
 // also what the application gets. The name that TLS was opened with plays no part:
 // browsers use one connection for all hosts of a certificate.
 func (p *Proxy) Route(r *http.Request) (Destination, bool, error) {
+	if p.hop && connects(r) {
+		d, err := parseLabel(hostname(r.Host))
+		return d, true, err
+	}
 	if p.hop {
 		d, err := parsePath(escapedPath(r))
 		return d, true, err

@@ -285,7 +285,7 @@ func TestNothingIsSmuggledFromHTTP2IntoHTTP1(t *testing.T) {
 		"a space in the authority":  {with(":authority", host+" x"), nil, outcome{nowhere: true}},
 		"a line in the scheme":      {with(":scheme", "http://x/ HTTP/1.1\r\nx: y"), nil, refused},
 		"a trailer named a length":  {request("POST", field{"trailer", "content-length"}), []string{"body"}, arrives("POST /a body")},
-		"CONNECT":                   {[]field{{":method", "CONNECT"}, {":authority", host}}, nil, refused},
+		"CONNECT to the agent":      {[]field{{":method", "CONNECT"}, {":authority", "49983-" + idA + ".wrenn.test"}}, []string{smuggled}, refused},
 	} {
 		t.Run(name, func(t *testing.T) {
 			status := f.send2(t, tc.fields, tc.body...)

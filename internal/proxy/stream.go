@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -30,6 +31,7 @@ type stream struct {
 	upload    *upload         // the request's body; nil without one
 	http1     bool            // the client speaks HTTP/1
 	method    string          // of the request to the guest
+	tunnel    bool            // the client asks for the bare port
 	extended  bool            // the client asks for a WebSocket over HTTP/2
 	upgrade   string          // the protocol that the client asks to switch to; empty for none
 
@@ -179,8 +181,7 @@ func (s *stream) abort() {
 	s.aborted = true
 	s.cancel()
 	if s.hijacked != nil {
-		resetOnClose(s.hijacked)
-		_ = s.hijacked.Close() // an error means that it was closed already
+		breakOff(s.hijacked)
 		return
 	}
 	past := time.Unix(1, 0)
@@ -235,16 +236,16 @@ func (s *stream) WriteHeader(status int) {
 	s.ResponseWriter.WriteHeader(status)
 }
 
-// switchProtocols takes the client's connection over, after the header that is
-// prepared has been sent as a 101, and keeps hold of it for abort. It also returns
+// takeOver takes the client's connection over, after the header that is prepared has
+// been sent with the given status, and keeps hold of it for abort. It also returns
 // what the client has sent already.
-func (s *stream) switchProtocols() (net.Conn, []byte, error) {
+func (s *stream) takeOver(status int) (net.Conn, []byte, error) {
 	conn, buf, err := s.hijack()
 	if err != nil {
 		return nil, nil, err
 	}
 	early, _ := buf.Reader.Peek(buf.Reader.Buffered())
-	_, err = buf.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
+	_, err = fmt.Fprintf(buf, "HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
 	err = errors.Join(err, s.Header().Write(buf))
 	_, err2 := buf.WriteString("\r\n")
 	if err = errors.Join(err, err2, buf.Flush()); err != nil {

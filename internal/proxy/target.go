@@ -19,6 +19,9 @@ type requestTarget struct {
 // false for a target that would not be one word of a request line.
 func rawTarget(r *http.Request) (requestTarget, bool) {
 	uri := r.RequestURI
+	if connects(r) {
+		return requestTarget{path: "/"}, true // it names a host and nothing there
+	}
 	if i := strings.Index(uri, "://"); i > 0 && r.ProtoMajor == 1 && !strings.ContainsAny(uri[:i], "/?") {
 		// Absolute form; the authority is in r.Host already.
 		rest := uri[i+len("://"):]

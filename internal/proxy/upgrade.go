@@ -3,11 +3,11 @@ package proxy
 import (
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,7 +31,7 @@ func (e *exchange) upgrade(res *http.Response) {
 	}
 	s.Header().Set("Connection", "Upgrade")
 	s.Header().Set("Upgrade", res.Header.Get("Upgrade"))
-	client, early, err := s.switchProtocols()
+	client, early, err := s.takeOver(http.StatusSwitchingProtocols)
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
@@ -50,7 +50,10 @@ func (e *exchange) upgrade(res *http.Response) {
 		}
 		s.sent.Add(int64(len(first)))
 	}
-	splice(client, c.Conn, s, &s.proxy.buffers)
+	_ = splice(client, c.Conn, s, func() { // whoever is broken, the other one learns of it
+		_ = client.Close() // errors mean that they were closed already
+		_ = c.Conn.Close()
+	})
 }
 
 // bridge carries a WebSocket between an HTTP/2 stream of the client and the guest.
@@ -101,30 +104,54 @@ func (e *exchange) passOn() error {
 	return err
 }
 
+// leftTimeout is how long a guest may go on after its client has said that it wants
+// no more: long enough for what the client sent last.
+const leftTimeout = time.Minute
+
 // splice carries bytes both ways until both directions have ended or one has
-// failed. The end of one direction is passed on as such: some protocols go on
-// talking in the other.
-func splice(client, guest net.Conn, s *stream, buffers *bufferPool) {
+// failed: then it calls broken, which must end both connections. The end of one
+// direction is passed on as such: some protocols go on talking in the other.
+func splice(client, guest io.ReadWriteCloser, s *stream, broken func()) error {
+	buffers := &s.proxy.buffers
 	var up sync.WaitGroup
+	var upErr error
+	answered := make(chan struct{})
 	up.Go(func() {
-		if err := pump(guest, client, &s.received, buffers); err != nil {
-			// Whoever is broken, the other one learns of it.
-			closeBoth(client, guest)
+		if upErr = pump(guest, client, &s.received, buffers); upErr == nil {
+			upErr = lookAfter(client, answered, broken)
+		}
+		if upErr != nil {
+			broken()
 		}
 	})
-	if err := pump(client, guest, &s.sent, buffers); err != nil {
-		closeBoth(client, guest)
+	err := pump(client, guest, &s.sent, buffers)
+	if err != nil {
+		broken()
 	}
+	close(answered)
 	up.Wait()
+	return errors.Join(err, upErr)
 }
 
-func closeBoth(a, b net.Conn) {
-	_ = a.Close() // errors mean that they were closed already
-	_ = b.Close()
+// lookAfter waits for the end of a client that has ended its direction, where that
+// takes more than the end of the other one.
+func lookAfter(client io.Closer, answered <-chan struct{}, broken func()) error {
+	c, ok := client.(interface{ AwaitClose() error })
+	if !ok {
+		return nil
+	}
+	if err := c.AwaitClose(); err != nil {
+		return err
+	}
+	left := time.AfterFunc(leftTimeout, broken)
+	defer left.Stop()
+	<-answered
+	return nil
 }
 
-// pump copies until the source ends, which it passes on as half a close.
-func pump(to, from net.Conn, count *tally, buffers *bufferPool) error {
+// pump copies until the source ends, which it passes on as half a close. An idle
+// connection holds no buffer, or a small one: there may be ten thousands.
+func pump(to io.Writer, from io.Reader, count *tally, buffers *bufferPool) error {
 	wait := waiterOf(from)
 	var small []byte
 	if wait == nil {
@@ -132,7 +159,6 @@ func pump(to, from net.Conn, count *tally, buffers *bufferPool) error {
 	}
 	for {
 		if wait != nil {
-			// An idle connection holds no buffer: there may be ten thousands.
 			if err := wait(); err != nil {
 				return err
 			}
@@ -165,7 +191,7 @@ func pumpOnce(to io.Writer, from io.Reader, own []byte, buffers *bufferPool) (in
 }
 
 // closeWrite ends one direction; where a connection has no such thing, all of it.
-func closeWrite(c net.Conn) error {
+func closeWrite(c any) error {
 	if half, ok := c.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
@@ -174,9 +200,12 @@ func closeWrite(c net.Conn) error {
 
 var errHalfClose = errors.New("the connection cannot be closed in one direction only")
 
-// waiterOf returns a function that waits until a socket can be read without taking
-// anything from it; nil where that cannot be told.
-func waiterOf(c net.Conn) func() error {
+// waiterOf returns a function that waits until there is something to read without
+// taking anything; nil where that cannot be told.
+func waiterOf(c any) func() error {
+	if w, ok := c.(interface{ Waiter() func() error }); ok {
+		return w.Waiter()
+	}
 	sc, ok := c.(syscall.Conn)
 	if !ok {
 		return nil
@@ -185,10 +214,20 @@ func waiterOf(c net.Conn) func() error {
 	if err != nil {
 		return nil
 	}
+	var failed error
 	readable := func(fd uintptr) bool {
 		var b [1]byte
-		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return !errors.Is(err, unix.EAGAIN)
+		// Looking takes a pending error away: the read would find a proper end.
+		_, _, failed = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return !errors.Is(failed, unix.EAGAIN)
 	}
-	return func() error { return raw.Read(readable) }
+	return func() error {
+		if err := raw.Read(readable); err != nil {
+			return err
+		}
+		if errors.Is(failed, unix.EINTR) {
+			return nil
+		}
+		return failed
+	}
 }

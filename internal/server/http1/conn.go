@@ -292,6 +292,9 @@ func (h *handed) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
+// NetConn returns what the connection is made of.
+func (h *handed) NetConn() net.Conn { return h.Conn }
+
 // SetLinger is that of the TCP connection.
 func (h *handed) SetLinger(sec int) error {
 	c := h.Conn
