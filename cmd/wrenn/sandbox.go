@@ -35,6 +35,7 @@ one.`,
 		newSandboxKillCmd(),
 		newSandboxCopyCmd(),
 		newSandboxLinkCmd(),
+		newSandboxForwardCmd(),
 	)
 	return cmd
 }

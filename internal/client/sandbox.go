@@ -20,24 +20,30 @@ const (
 	headerSandboxID   = "E2b-Sandbox-Id"
 	headerSandboxPort = "E2b-Sandbox-Port"
 	headerAccessToken = "X-Access-Token"
+
+	headerTrafficToken = "E2b-Traffic-Access-Token"
 )
 
 // Sandbox is a running sandbox as seen through the data plane. It is safe for
 // concurrent use.
 type Sandbox struct {
 	id         string
-	token      string
+	token      string // for the guest agent
 	baseURL    string
+	named      bool // baseURL names sandbox and port
 	http       *http.Client
 	processes  processconnect.ProcessClient
 	filesystem filesystemconnect.FilesystemClient
+
+	trafficToken string // for the other ports, where they want one
 }
 
 // Sandbox returns a handle of the sandbox that info, from Create, Get or Connect,
 // describes. It does not connect.
 func (c *Client) Sandbox(info Info) *Sandbox {
 	base := c.config.SandboxURL
-	if base == "" {
+	named := base == ""
+	if named {
 		domain := c.config.Domain
 		if info.Domain != "" {
 			domain = info.Domain
@@ -48,9 +54,12 @@ func (c *Client) Sandbox(info Info) *Sandbox {
 		id:         info.SandboxID,
 		token:      info.EnvdAccessToken,
 		baseURL:    base,
+		named:      named,
 		http:       c.data,
 		processes:  processconnect.NewProcessClient(c.data, base),
 		filesystem: filesystemconnect.NewFilesystemClient(c.data, base),
+
+		trafficToken: info.TrafficAccessToken,
 	}
 }
 

@@ -2,48 +2,56 @@ package tunnel
 
 import (
 	"io"
-	"net"
 	"sync"
 )
 
-// Join carries bytes between a connection and a tunnel until both directions have
-// ended, and closes both. The error says why the tunnel broke, if it did: then the
-// connection is reset, for what came on it is not all there was.
-func Join(conn net.Conn, t *Conn) error {
+// Stream is what a client joins with a tunnel: a TCP connection, or something else
+// with two directions.
+type Stream interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
+// Reset closes a stream in a way that its other end cannot take for a proper end,
+// where it has one.
+func Reset(s io.Closer) {
+	if tcp, ok := s.(interface{ SetLinger(int) error }); ok {
+		_ = tcp.SetLinger(0) // fails only on a closed connection
+	}
+	_ = s.Close() // an error means that it is closed already
+}
+
+// Join carries bytes between a stream and a tunnel until both directions have ended,
+// and closes both. The error says why one of them broke: then the other one is
+// broken as well, for what came on it is not all there was.
+func Join(s Stream, t *Conn) error {
 	defer t.Close()
-	defer conn.Close()
+	defer s.Close()
 	var once sync.Once
 	var failure error
-	fail := func(err error) {
-		once.Do(func() {
-			failure = err
-			if tcp, ok := conn.(interface{ SetLinger(int) error }); ok {
-				_ = tcp.SetLinger(0) // fails only on a closed connection
-			}
-			_ = conn.Close()
-			t.Abort()
-		})
+	check := func(err error) {
+		if err != nil {
+			once.Do(func() {
+				failure = err
+				Reset(s)
+				t.Abort()
+			})
+		}
 	}
 	var up sync.WaitGroup
 	up.Go(func() {
-		err := carry(t, conn)
+		err := carry(t, s)
 		if err == nil {
 			err = t.CloseWrite()
 		}
-		if err != nil {
-			fail(err)
-		}
+		check(err)
 	})
-	err := carry(conn, t)
+	err := carry(s, t)
 	if err == nil {
-		if half, ok := conn.(interface{ CloseWrite() error }); ok {
-			_ = half.CloseWrite() // fails when whoever is there has gone, which reading tells
-		}
+		_ = s.CloseWrite() // fails when whoever is there has gone, which reading tells
 		err = t.AwaitClose()
 	}
-	if err != nil {
-		fail(err)
-	}
+	check(err)
 	up.Wait()
 	return failure
 }

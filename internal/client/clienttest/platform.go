@@ -15,11 +15,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -27,6 +29,7 @@ import (
 	"github.com/wrenn/wrenn/api/proto/process"
 	"github.com/wrenn/wrenn/internal/client"
 	"github.com/wrenn/wrenn/internal/envd"
+	"github.com/wrenn/wrenn/internal/proxy"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -39,6 +42,8 @@ type Platform struct {
 	PageSize int // of lists; zero: 100
 
 	t         testing.TB
+	ports     *proxy.Proxy // to the ports of the sandboxes, which are this machine's
+	open      atomic.Int32 // requests to them
 	mu        sync.Mutex
 	sandboxes map[string]*guest
 	killed    []string
@@ -56,6 +61,7 @@ type guest struct {
 // New starts a platform that ends with the test.
 func New(t testing.TB) *Platform {
 	p := &Platform{t: t, sandboxes: make(map[string]*guest)}
+	p.ports = proxy.New(proxy.Config{Resolver: p})
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v2/sandboxes", p.create)
 	mux.HandleFunc("GET /v2/sandboxes", p.list)
@@ -65,8 +71,15 @@ func New(t testing.TB) *Platform {
 	mux.HandleFunc("POST /sandboxes/{id}/refreshes", p.timeout)
 	mux.HandleFunc("POST /sandboxes/{id}/preview-links", p.previewLink)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("E2b-Sandbox-Id") != "" {
+		switch r.Header.Get("E2b-Sandbox-Port") {
+		case "":
+		case strconv.Itoa(proxy.AgentPort):
 			p.forward(w, r)
+			return
+		default:
+			p.open.Add(1)
+			defer p.open.Add(-1)
+			p.ports.ServeHTTP(w, r)
 			return
 		}
 		p.mu.Lock()
@@ -81,10 +94,31 @@ func New(t testing.TB) *Platform {
 	p.URL = server.URL
 	t.Cleanup(func() {
 		p.KillAll()
+		p.ports.Close()
 		server.CloseClientConnections()
 		server.Close()
 	})
 	return p
+}
+
+// Resolve implements proxy.Resolver.
+func (p *Platform) Resolve(_ context.Context, id string) (proxy.Target, error) {
+	if p.find(id) == nil {
+		return proxy.Target{}, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s not found", id)
+	}
+	return proxy.Target{SandboxID: id, Addr: netip.MustParseAddr("127.0.0.1")}, nil
+}
+
+// AwaitPort waits until so many requests to ports of sandboxes are under way.
+func (p *Platform) AwaitPort(n int) {
+	p.t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for p.open.Load() < int32(n) {
+		if time.Now().After(deadline) {
+			p.t.Fatalf("%d requests to ports are under way, want %d", p.open.Load(), n)
+		}
+		time.Sleep(time.Millisecond) // between two looks
+	}
 }
 
 // Client returns a client of the platform.
@@ -137,6 +171,7 @@ func (p *Platform) remove(id string) bool {
 	if g == nil {
 		return false
 	}
+	p.ports.Evict(id)
 	g.stop()
 	return true
 }
