@@ -111,8 +111,15 @@ func (s *Server) take(r *http.Request) http.Handler {
 // ServeHTTP hands a request to the sandbox that it names, else to the API. The
 // path is not touched, let alone cleaned.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if c, ok := r.Context().Value(connKey{}).(net.Conn); ok && r.TLS == nil {
-		r.TLS = http1.TLS(c)
+	if c, ok := r.Context().Value(connKey{}).(net.Conn); ok {
+		if r.TLS == nil {
+			r.TLS = http1.TLS(c)
+		}
+		if halfClosable(r) {
+			var answered func()
+			r, answered = lastRequest(r, c)
+			defer answered()
+		}
 	}
 	d, ok, err := s.proxy.Route(r)
 	switch {
