@@ -722,3 +722,32 @@ func inUse() int {
 	runtime.ReadMemStats(&m)
 	return int(m.HeapAlloc + m.StackInuse)
 }
+
+func TestTunnelsToProtectedPortsWantTheToken(t *testing.T) {
+	w := newWorld(t)
+	port := tcpServer(t, echoBytes)
+	w.rule(idA, protected)
+	connect := fmt.Sprintf("CONNECT %d-%s.wrenn.test:80 HTTP/1.1\r\nHost: x\r\n", port, idA)
+	if res, body, err := w.raw(t, connect+"\r\n"); err != nil || res.StatusCode != 403 {
+		t.Errorf("CONNECT without the token: %v %q, %v", res, body, err)
+	}
+	checkEcho(t, connectAs(t, w, connect+"E2b-Traffic-Access-Token: "+token+"\r\n\r\n"))
+	if res, body := do(t, w.http2, w.request(t, "CONNECT", idA, port, "", strings.NewReader("x"))); res.StatusCode != 403 {
+		t.Errorf("CONNECT over HTTP/2 without the token: %v %q", res, body)
+	}
+	for given, want := range map[string]int{"": 403, "wrong": 403, token: 101} {
+		req := w.request(t, "GET", idA, port, "/", nil)
+		tunnel.Ask(req.Header)
+		if given != "" {
+			req.Header.Set("E2b-Traffic-Access-Token", given)
+		}
+		res, err := w.http1.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != want {
+			t.Errorf("WebSocket with the token %q: %s", given, res.Status)
+		}
+	}
+}
