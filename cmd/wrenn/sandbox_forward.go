@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -253,8 +254,8 @@ func (f *forwarder) standardStreams(ctx context.Context, remote uint16) error {
 	defer cancel(nil)
 	go func() {
 		select {
-		case s := <-signals:
-			cancel(fmt.Errorf("interrupted: %v", s))
+		case s := <-signals: // ssh sends one when it is done
+			cancel(interrupted{s.(syscall.Signal)}.exit())
 		case <-ctx.Done():
 		}
 	}()

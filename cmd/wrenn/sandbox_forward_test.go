@@ -184,6 +184,26 @@ func TestStandardStreamsAreAConnection(t *testing.T) {
 	}
 }
 
+func TestHangupEndsStandardStreamsWithoutAWord(t *testing.T) {
+	p, dir := newPlatformDir(t)
+	stdin, keep, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keep.Close()
+	cmd := wrennCommand(p, dir, "sandbox", "forward", "--stdio", newSandbox(t, p), fmt.Sprint(countServer(t)))
+	var failures bytes.Buffer
+	cmd.Stdin, cmd.Stderr = stdin, &failures
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p.AwaitPort(1)
+	cmd.Process.Signal(syscall.SIGHUP)
+	if code := exitCode(cmd.Wait()); code != 129 || failures.Len() > 0 {
+		t.Errorf("exit code %d, %s", code, failures.String())
+	}
+}
+
 func TestPairsOfPorts(t *testing.T) {
 	for arg, want := range map[string]forward{
 		"80":                {"localhost:80", 80},
