@@ -120,7 +120,11 @@ func (e *exchange) readAnswer() (*http.Response, error) {
 func (e *exchange) readHeader() (*http.Response, error) {
 	c := e.conn
 	c.budget = maxResponseHeader
-	res, err := http.ReadResponse(c.br, &http.Request{Method: e.stream.method})
+	request := e.request
+	if e.stream.extended {
+		request = &http.Request{Method: e.stream.method} // the answer to a CONNECT has no body
+	}
+	res, err := http.ReadResponse(c.br, request)
 	c.budget = -1
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF

@@ -123,22 +123,23 @@ func (p *Proxy) begin(w http.ResponseWriter, r *http.Request, d Destination) (*s
 // refuse says why a sandbox gets no further stream. The guest agent has a share of
 // its own, which applications cannot use up. Called with p.mu held.
 func (p *Proxy) refuse(g *guest, d Destination) *failure {
-	f := &failure{SandboxID: d.SandboxID, Code: http.StatusServiceUnavailable}
 	agents := 0
 	if g != nil {
 		agents = len(g.streams) - g.users
 	}
+	full := failure{SandboxID: d.SandboxID, Code: http.StatusServiceUnavailable}
 	switch {
 	case p.closed:
-		f.Message = "The proxy is shutting down"
+		full.Message = "The proxy is shutting down"
 	case d.Port == AgentPort && agents >= p.limit:
-		f.Message = "Too many requests to the sandbox's guest agent are open at once: end some, then try again"
+		full.Message = "Too many requests to the sandbox's guest agent are open at once: end some, then try again"
 	case d.Port != AgentPort && g.users >= p.limit:
-		f.Message, f.Port = "Too many connections to the applications of this sandbox are open at once: close some, then try again", d.Port
+		full.Message, full.Port = "Too many connections to the applications of this sandbox are open at once: close some, then try again", d.Port
 	default:
 		return nil
 	}
-	return f
+	refused := full // a failure that is returned is made on the heap, and few are
+	return &refused
 }
 
 // aim sets where the request goes.

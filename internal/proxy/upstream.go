@@ -139,6 +139,7 @@ type upstream struct {
 
 	raw    syscall.RawConn // nil where there is no socket
 	peek   func(fd uintptr) bool
+	poll   [1]unix.PollFd
 	silent bool // what peek found
 }
 
@@ -156,9 +157,9 @@ func newUpstream(conn *guestConn, addr netip.AddrPort) *upstream {
 		if raw, err := sc.SyscallConn(); err == nil {
 			c.raw = raw
 			c.peek = func(fd uintptr) bool {
-				var b [1]byte
-				_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-				c.silent = errors.Is(err, unix.EAGAIN)
+				c.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}
+				n, err := unix.Poll(c.poll[:], 0)
+				c.silent = n == 0 && err == nil
 				return true
 			}
 		}

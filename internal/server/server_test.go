@@ -319,6 +319,7 @@ func TestHeadersThatGrowWithoutEndAreRefused(t *testing.T) {
 			if !strings.HasPrefix(string(answer[:n]), "HTTP/1.1 431 ") {
 				t.Errorf("answer = %q, %v", answer[:n], err)
 			}
+			io.Copy(io.Discard, conn) // until the server has ended it, which takes it a moment
 		})
 	}
 	t.Run("HTTP/2", func(t *testing.T) {

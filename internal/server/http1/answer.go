@@ -32,7 +32,10 @@ type answer struct {
 }
 
 func (a *answer) begin(c *conn, r *http.Request) {
-	a.c, a.r, a.header = c, r, make(http.Header, 16)
+	a.c, a.r = c, r
+	if a.header == nil {
+		a.header = make(http.Header, 16)
+	}
 	a.served++
 	a.status, a.chunked, a.bodyless, a.left, a.failed = 0, false, r.Method == http.MethodHead, -1, false
 	a.close, a.halfClose = r.Close, r.Close
@@ -44,7 +47,8 @@ func (a *answer) begin(c *conn, r *http.Request) {
 func (a *answer) release() {
 	a.bw.Reset(io.Discard)
 	writers.Put(a.bw)
-	a.bw, a.r, a.header = nil, nil, nil
+	a.bw, a.r = nil, nil
+	clear(a.header)
 }
 
 // breakOff ends an answer that its handler has given up. Where its end would be that

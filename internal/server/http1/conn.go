@@ -29,6 +29,7 @@ type conn struct {
 	raw    net.Conn // bare TCP
 	rw     net.Conn // raw, or TLS over it
 	state  *tls.ConnectionState
+	remote string // address of the client
 	busy   atomic.Bool // a request is being served
 
 	ctx    context.Context // ends with the connection
@@ -58,6 +59,7 @@ func (c *conn) serve(config *tls.Config) {
 			c.rw.Close()
 		}
 	}()
+	c.remote = c.raw.RemoteAddr().String()
 	c.ctx, c.cancel = context.WithCancel(c.server.ctx)
 	defer c.cancel()
 	if config != nil {

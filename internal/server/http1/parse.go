@@ -41,7 +41,7 @@ func (c *conn) parse() (*http.Request, int, verdict) {
 	}
 	r := &http.Request{
 		Method: method, RequestURI: target, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		Body: http.NoBody, RemoteAddr: c.raw.RemoteAddr().String(), TLS: c.state,
+		Body: http.NoBody, RemoteAddr: c.remote, TLS: c.state,
 	}
 	if strings.HasSuffix(line, "0") {
 		r.Proto, r.ProtoMinor, r.Close = "HTTP/1.0", 0, true
