@@ -156,12 +156,12 @@ type tunnelEnds struct {
 func (t *tunnelEnds) join() error {
 	s := t.stream
 	broken := func() {
+		breakOff(t.guest.Conn)
 		if ws, ok := t.client.(interface{ Abort() }); ok {
-			ws.Abort()
+			ws.Abort() // may take a while
 		} else {
 			breakOff(t.client)
 		}
-		breakOff(t.guest.Conn)
 	}
 	_, err := t.guest.Write(t.early)
 	if err == nil {

@@ -175,7 +175,7 @@ func (c *Conn) receive(p []byte) int {
 	case failed != nil:
 		c.err = failed
 		c.answerFailure(failed)
-	case err == io.EOF:
+	case errors.Is(err, io.EOF):
 		c.err = io.ErrUnexpectedEOF
 	case err != nil:
 		c.err = err
