@@ -8,7 +8,7 @@
 
 DATA   ?= $(or $(WRENN_DATA),/var/lib/wrenn)
 LISTEN ?= localhost:7080
-BENCH  ?= lifecycle density churn envd terminal
+BENCH  ?= lifecycle density churn envd terminal proxy
 
 # Both are found out when first needed, and once.
 GO      = $(eval GO := $$(shell scripts/go.sh))$(GO)
@@ -82,7 +82,8 @@ lint: .tools/golangci-lint-$(GOLANGCI_VERSION)
 	@$(GO) version >/dev/null
 	PATH="$$(dirname "$(GO)"):$$PATH" $< run --timeout 20m
 
-# On the platform of DATA, which must be running.
+# On the platform of DATA, which must be running. The proxy is measured beside nginx,
+# which is not installed by itself: the package would start a server.
 bench: build
 	@set -e; for name in $(BENCH); do bin/wrenn bench $$name --data $(DATA); echo; done
 

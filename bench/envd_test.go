@@ -11,13 +11,20 @@ import (
 	"time"
 )
 
-// TestMain lets the test binary be the floor's server.
+// TestMain lets the test binary be the servers that benchmarks start.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == "envd-floor" {
-		if err := ServeEnvdFloor(os.Stdin, os.Stdout, os.Args[2]); err != nil {
-			panic(err)
+	if len(os.Args) == 3 {
+		for name, serve := range map[string]func(io.Reader, io.Writer, string) error{
+			"envd-floor": ServeEnvdFloor, "proxy-serve": ServeProxy,
+		} {
+			if os.Args[1] != name {
+				continue
+			}
+			if err := serve(os.Stdin, os.Stdout, os.Args[2]); err != nil {
+				panic(err)
+			}
+			return
 		}
-		return
 	}
 	os.Exit(m.Run())
 }

@@ -77,7 +77,10 @@ func Proxy(ctx context.Context, o ProxyOptions) (_ Report, err error) {
 	if b.proxy, err = startServedProxy(ctx, o.Serve, b.dir); err != nil {
 		return r, err
 	}
-	defer func() { err = errors.Join(err, b.proxy.stop()) }()
+	defer func() {
+		_, ended := b.proxy.stop()
+		err = errors.Join(err, ended)
+	}()
 	for _, body := range proxyBodies {
 		for _, conns := range []int{1, 16, 64} {
 			progress("proxy: %s over %d connections", body.name, conns)

@@ -1,7 +1,6 @@
 package bench
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -92,35 +90,16 @@ func awaitListener(ctx context.Context, address string, ended <-chan struct{}) e
 
 // servedProxy is the data plane's front in a process of its own.
 type servedProxy struct {
-	*child
+	*pipedChild
 	address string
 }
 
 func startServedProxy(ctx context.Context, command []string, dir string) (*servedProxy, error) {
-	var stdin io.Closer
-	closeStdin := func(*exec.Cmd) error { return stdin.Close() }
-	p := &servedProxy{child: newChild(ctx, closeStdin, command[0], append(command[1:len(command):len(command)], dir)...)}
-	var err error
-	if stdin, err = p.cmd.StdinPipe(); err != nil {
-		return nil, fmt.Errorf("start proxy: %w", err)
-	}
-	read, write, err := os.Pipe()
+	c, address, err := startPiped(ctx, nil, command, dir)
 	if err != nil {
 		return nil, fmt.Errorf("start proxy: %w", err)
 	}
-	defer read.Close()
-	p.cmd.Stdout = write
-	err = p.start()
-	write.Close()
-	if err != nil {
-		return nil, fmt.Errorf("start proxy: %w", err)
-	}
-	line, err := bufio.NewReader(read).ReadString('\n')
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("proxy does not say its address: %w", err), p.stop())
-	}
-	p.address = strings.TrimSpace(line)
-	return p, nil
+	return &servedProxy{c, address}, nil
 }
 
 // onLoopback resolves every sandbox to this machine.
