@@ -78,6 +78,9 @@ func (s *stream) settle() {
 			u.answers.observe(s.answerTime)
 		}
 	}
+	if u := s.usages[1]; u != nil && u.others && s.fromGuest {
+		s.proxy.ledger.heard(s.dest)
+	}
 	log := s.proxy.accessLog
 	if log == nil {
 		return

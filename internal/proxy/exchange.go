@@ -23,6 +23,7 @@ const (
 
 var (
 	errUnaskedUpgrade  = errors.New("the application switched protocols and nobody had asked it to")
+	errNoStatus        = errors.New("the status of the application's answer is none")
 	errTooManyInterims = errors.New("the application sends informational answers without end")
 )
 
@@ -31,19 +32,27 @@ var (
 // sent to the client.
 func (p *Proxy) exchange(s *stream, r *http.Request) error {
 	e := &exchange{proxy: p, stream: s, request: r, pool: s.guest.pool(s.dest.Port)}
+	// Whoever panics on the way leaves no connection behind.
+	defer func() {
+		if e.pending {
+			e.abandon()
+		}
+	}()
 	for fresh := false; ; fresh = true {
 		c, err := e.pool.get(s.ctx, s.hop, fresh)
 		if err != nil {
 			return err
 		}
-		e.conn = c
+		e.conn, e.pending = c, true
 		res, err := e.roundTrip() //nolint:bodyclose // its end settles what becomes of the connection, which deliver does
 		if err == nil {
+			e.pending = false // deliver sees to it
 			e.deliver(res)
 			return nil
 		}
 		stale := c.reused && !c.received && s.ctx.Err() == nil
 		e.abandon()
+		e.pending = false
 		// An application may close an idle connection at the moment at which a
 		// request goes out on it. It has not been looked at then.
 		if !stale || !replayable(r) {
@@ -70,6 +79,7 @@ type exchange struct {
 	pool    *pool
 
 	conn      *upstream
+	pending   bool          // the connection is nobody else's to see to
 	watch     func() bool   // ends the watch of the client's context
 	uploading chan struct{} // closed when the body has been sent; nil without one
 }
@@ -129,6 +139,9 @@ func (e *exchange) readHeader() (*http.Response, error) {
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
+	if err == nil && res.StatusCode < 100 {
+		return nil, errNoStatus // net/http panics when it is to send such a one
+	}
 	return res, err
 }
 
@@ -136,9 +149,8 @@ func (e *exchange) readHeader() (*http.Response, error) {
 func (e *exchange) inform(res *http.Response) {
 	if e.request.ProtoAtLeast(1, 1) {
 		h := e.stream.Header()
-		for k, vv := range res.Header {
-			h[k] = vv
-		}
+		copyAnswerHeader(h, res)
+		delete(h, "Content-Length") // RFC 9110, 8.6: there is none
 		e.stream.WriteHeader(res.StatusCode)
 		for k := range res.Header {
 			delete(h, k)
@@ -292,6 +304,12 @@ func (e *exchange) deliver(res *http.Response) {
 		e.upgrade(res)
 		return
 	}
+	if s.extended && res.StatusCode < 300 {
+		// To the client a success would say that the WebSocket is open.
+		e.abandon()
+		s.fail(e.request, notAnswered(s.dest))
+		return
+	}
 	complete := false
 	defer func() {
 		if complete && e.settle() && !res.Close {
@@ -307,13 +325,38 @@ func (e *exchange) deliver(res *http.Response) {
 // settle ends what an answered request still does; it reports whether the
 // connection is as good as new.
 func (e *exchange) settle() bool {
-	if e.uploading != nil {
-		if !e.stream.upload.complete.Load() {
-			return false
+	switch {
+	case e.stream.upload == nil || e.stream.extended:
+	case e.uploading == nil, !e.stream.upload.complete.Load():
+		return false // the guest waits for the rest of this request, or for all of its body
+	default:
+		select {
+		case <-e.uploading:
+		default:
+			if !e.awaitUpload() {
+				return false
+			}
 		}
-		<-e.uploading
 	}
 	return e.watch() && !e.conn.interrupted.Load()
+}
+
+// settleTimeout is how long a guest that has answered may take to read what is left of
+// the request.
+const settleTimeout = 100 * time.Millisecond
+
+// awaitUpload waits for the end of an upload whose answer has been delivered. A guest
+// that reads no more must hold up neither the answer nor the client.
+func (e *exchange) awaitUpload() bool {
+	e.stream.flush()
+	late := time.NewTimer(settleTimeout)
+	defer late.Stop()
+	select {
+	case <-e.uploading:
+		return true
+	case <-late.C:
+		return false
+	}
 }
 
 // abandon closes the connection and waits for the upload to end.

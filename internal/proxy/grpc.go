@@ -12,8 +12,9 @@ func (p *Proxy) exchangeGRPC(s *stream, r *http.Request) error {
 		Method: r.Method, Host: s.host, Header: make(http.Header, len(r.Header)+4),
 		Proto: "HTTP/2.0", ProtoMajor: 2,
 		URL: &url.URL{Scheme: "http", Host: s.hop.String(), Opaque: s.hopPrefix + s.target.path, RawQuery: s.target.query, ForceQuery: s.target.hasQuery},
-		// Its length is never known: a call ends when its client says so.
-		ContentLength: -1, Trailer: r.Trailer,
+		// Its length is never known: a call ends when its client says so. Only answers
+		// of gRPC have trailers.
+		ContentLength: -1,
 	}
 	if s.upload != nil {
 		out.Body, out.ContentLength = s.upload, r.ContentLength

@@ -95,7 +95,7 @@ func (p *Proxy) begin(w http.ResponseWriter, r *http.Request, d Destination) (*s
 	if s.extended = s.upgrade != "" && r.ProtoMajor == 2; s.extended {
 		s.method = http.MethodGet
 	}
-	if r.ContentLength != 0 {
+	if r.ContentLength != 0 || s.extended { // a WebSocket may be asked for and ended at once
 		s.upload = &upload{ReadCloser: r.Body, count: &s.received}
 	}
 	s.ctx, s.cancel = context.WithCancel(r.Context())

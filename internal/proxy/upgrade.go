@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/hangup"
 )
 
 // idleBuffer is what a direction holds that cannot wait without a buffer, in bytes.
@@ -137,6 +140,9 @@ func splice(client, guest io.ReadWriteCloser, s *stream, broken func()) error {
 // takes more than the end of the other one.
 func lookAfter(client io.Closer, answered <-chan struct{}, broken func()) error {
 	c, ok := client.(interface{ AwaitClose() error })
+	if conn, socket := client.(net.Conn); !ok && socket {
+		return awaitHangup(conn, answered)
+	}
 	if !ok {
 		return nil
 	}
@@ -146,6 +152,24 @@ func lookAfter(client io.Closer, answered <-chan struct{}, broken func()) error 
 	left := time.AfterFunc(leftTimeout, broken)
 	defer left.Stop()
 	<-answered
+	return nil
+}
+
+// awaitHangup waits until a client that has ended its direction is gone, which is an
+// error, or until the other direction has ended.
+func awaitHangup(client net.Conn, answered <-chan struct{}) error {
+	gone := make(chan error, 1)
+	go func() { gone <- hangup.Await(client) }()
+	select {
+	case err := <-gone:
+		if err == nil {
+			return syscall.ECONNRESET
+		}
+		<-answered // it cannot be told
+	case <-answered:
+		_ = client.SetReadDeadline(time.Unix(1, 0)) // fails only on a closed connection, whose wait ends as well
+		<-gone
+	}
 	return nil
 }
 

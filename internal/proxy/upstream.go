@@ -16,7 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const maxResponseHeader = 1 << 20 // bytes
+// maxResponseHeader is in bytes. What is kept of a header takes five times as much if
+// it is made for that, and a sandbox may have thousands of answers under way.
+const maxResponseHeader = 64 << 10
 
 // pool keeps the HTTP/1.1 connections to one guest that wait for their next
 // request. A request is written and its answer read by the goroutine that serves

@@ -41,20 +41,9 @@ type usage struct {
 	received     atomic.Int64              // likewise, from clients
 	dialFailures atomic.Int64              // requests for which no connection could be made
 	answers      histogram                 // time until the header of an application's answer
-}
 
-// add adds what another one has counted to its end.
-func (u *usage) add(v *usage) {
-	for i := range u.requests {
-		u.requests[i].Add(v.requests[i].Load())
-	}
-	u.sent.Add(v.sent.Load())
-	u.received.Add(v.received.Load())
-	u.dialFailures.Add(v.dialFailures.Load())
-	for i := range u.answers.buckets {
-		u.answers.buckets[i].Add(v.answers.buckets[i].Load())
-	}
-	u.answers.nanos.Add(v.answers.nanos.Load())
+	heard  bool // an application has answered on the port before it was counted apart
+	others bool // it is of all the ports that are not counted apart
 }
 
 // answerBounds are the upper bounds of the histogram's buckets. Few, because each
@@ -98,6 +87,9 @@ const (
 	// agent's. The others are counted as one, port 0.
 	maxPorts   = 64
 	otherPorts = 0
+	// maxSilentPorts is how many of them may be such as no application has answered on
+	// yet: who tries all ports makes no metrics.
+	maxSilentPorts = 8
 	// What no request came for this long is forgotten, in case that nobody evicts it.
 	maxIdleAccount = time.Hour
 	sweepInterval  = time.Minute
@@ -159,38 +151,42 @@ func (a *account) port(port uint16) *usage {
 	if u := a.ports[port]; u != nil {
 		return u
 	}
-	if port != AgentPort && !a.makeRoom() {
+	if port != AgentPort && !a.hasRoom() {
 		port = otherPorts
 	}
 	if a.ports[port] == nil {
-		a.ports[port] = new(usage)
+		a.ports[port] = &usage{others: port == otherPorts}
 	}
 	return a.ports[port]
 }
 
-// makeRoom reports whether a further port can be counted apart. One on which no
-// application has ever answered gives way: who tries all ports takes no room.
-func (a *account) makeRoom() bool {
-	apart := len(a.ports)
-	for _, port := range []uint16{AgentPort, otherPorts} {
-		if a.ports[port] != nil {
-			apart--
-		}
-	}
-	if apart < maxPorts {
-		return true
-	}
+// hasRoom reports whether a further port can be counted apart.
+func (a *account) hasRoom() bool {
+	apart, silent := 0, 0
 	for port, u := range a.ports {
-		if port != AgentPort && port != otherPorts && u.open.Load() == 0 && u.answers.nanos.Load() == 0 {
-			delete(a.ports, port)
-			if a.ports[otherPorts] == nil {
-				a.ports[otherPorts] = new(usage)
-			}
-			a.ports[otherPorts].add(u)
-			return true
+		if port == AgentPort || port == otherPorts {
+			continue
+		}
+		apart++
+		if !u.heard && u.answers.nanos.Load() == 0 {
+			silent++
 		}
 	}
-	return false
+	return apart < maxPorts && silent < maxSilentPorts
+}
+
+// heard has a port counted apart from now on, because an application has answered on
+// it.
+func (l *ledger) heard(d Destination) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	a := l.accounts[d.SandboxID]
+	if a == nil || a.ports[d.Port] != nil {
+		return
+	}
+	if len(a.ports) < maxPorts {
+		a.ports[d.Port] = &usage{heard: true}
+	}
 }
 
 // sweep forgets sandboxes that have not been in use for long.

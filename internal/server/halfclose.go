@@ -4,9 +4,8 @@ import (
 	"context"
 	"net"
 	"net/http"
-	"syscall"
 
-	"golang.org/x/sys/unix"
+	"github.com/wrenn/wrenn/internal/hangup"
 )
 
 // lastRequest returns a request, that its client has said is its last one, as one
@@ -19,7 +18,7 @@ import (
 func lastRequest(r *http.Request, conn net.Conn) (*http.Request, func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
 	stop := context.AfterFunc(r.Context(), func() {
-		awaitReset(conn)
+		_ = hangup.Await(conn) // whatever ends it, nobody is there any more
 		cancel()
 	})
 	return r.WithContext(ctx), func() {
@@ -33,30 +32,4 @@ func lastRequest(r *http.Request, conn net.Conn) (*http.Request, func()) {
 // after elsewhere.
 func halfClosable(r *http.Request) bool {
 	return r.ProtoMajor == 1 && r.Close && r.Method != http.MethodConnect && r.Header["Upgrade"] == nil
-}
-
-// awaitReset waits, on a connection that has been read to its end, until it is reset
-// or closed.
-func awaitReset(conn net.Conn) {
-	for {
-		over, ok := conn.(interface{ NetConn() net.Conn })
-		if !ok {
-			break
-		}
-		conn = over.NetConn()
-	}
-	sc, ok := conn.(syscall.Conn)
-	if !ok {
-		return
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return
-	}
-	// Asked again whenever something happens on the connection. The error is that of
-	// a connection which is closed.
-	_ = raw.Read(func(fd uintptr) bool {
-		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-		return err != nil || info.State == unix.BPF_TCP_CLOSE
-	})
 }

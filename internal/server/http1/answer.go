@@ -23,11 +23,12 @@ type answer struct {
 
 	status     int
 	chunked    bool
-	bodyless   bool  // whatever is written of a body is not sent
-	left       int64 // bytes that are due; < 0: no length was told
-	halfClose  bool  // the end of what the client sends does not mean that it has gone: it said that nothing follows
-	close      bool  // the connection ends with this answer
-	failed     bool  // the client cannot be written to, or the handler's answer is wrong
+	bodyless   bool        // whatever is written of a body is not sent
+	left       int64       // bytes that are due; < 0: no length was told
+	halfClose  bool        // the end of what the client sends does not mean that it has gone: it said that nothing follows
+	close      bool        // the connection ends with this answer
+	ending     atomic.Bool // it has been given up by another goroutine; as close
+	failed     bool        // the client cannot be written to, or the handler's answer is wrong
 	clientGone atomic.Bool
 }
 
@@ -57,6 +58,7 @@ func (a *answer) breakOff() {
 	if a.status != 0 && a.left < 0 && !a.chunked && !a.bodyless {
 		if tcp, ok := a.c.raw.(interface{ SetLinger(int) error }); ok {
 			_ = tcp.SetLinger(0) // fails only on a closed connection
+			_ = a.c.raw.Close()  // beneath TLS, which would say a proper goodbye
 		}
 	}
 }
@@ -77,10 +79,14 @@ func (a *answer) WriteHeader(status int) {
 		return
 	}
 	a.status = status
-	if status == http.StatusNoContent || status == http.StatusNotModified {
+	h := a.header
+	switch status {
+	case http.StatusNoContent:
+		delete(h, "Content-Length") // RFC 9110, 8.6
+		a.bodyless = true
+	case http.StatusNotModified:
 		a.bodyless = true
 	}
-	h := a.header
 	if httpguts.HeaderValuesContainsToken(h["Connection"], "close") {
 		a.close = true
 	}
@@ -199,7 +205,7 @@ func (a *answer) SetReadDeadline(time.Time) error { return nil }
 
 // SetWriteDeadline is for http.ResponseController. It stays for the connection.
 func (a *answer) SetWriteDeadline(t time.Time) error {
-	a.close = true
+	a.ending.Store(true)
 	return a.c.rw.SetWriteDeadline(t)
 }
 
@@ -218,7 +224,7 @@ func (a *answer) finish() bool {
 		a.writeTrailer()
 		a.bw.WriteString("\r\n")
 	}
-	return a.FlushError() == nil && !a.failed && !a.close
+	return a.FlushError() == nil && !a.failed && !a.close && !a.ending.Load()
 }
 
 // writeTrailer writes what was announced, and what has the prefix of those that

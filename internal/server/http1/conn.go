@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/wrenn/wrenn/internal/hangup"
 )
 
 const (
@@ -29,7 +31,7 @@ type conn struct {
 	raw    net.Conn // bare TCP
 	rw     net.Conn // raw, or TLS over it
 	state  *tls.ConnectionState
-	remote string // address of the client
+	remote string      // address of the client
 	busy   atomic.Bool // a request is being served
 
 	ctx    context.Context // ends with the connection
@@ -85,10 +87,7 @@ func (c *conn) serve(config *tls.Config) {
 		if err != nil {
 			return
 		}
-		var h http.Handler
-		if r != nil {
-			h = c.server.cfg.Take(r)
-		}
+		h := c.take(r)
 		if h == nil {
 			handOver = true
 			c.handOver()
@@ -99,6 +98,21 @@ func (c *conn) serve(config *tls.Config) {
 			return
 		}
 	}
+}
+
+// take returns who serves a request, nil for net/http, which also sees to it that a
+// request that nobody can judge ends nothing but its connection.
+func (c *conn) take(r *http.Request) (h http.Handler) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.server.cfg.Log.Error("judging a request panicked", "host", r.Host, "path", r.URL.Path, "panic", p, "stack", string(debug.Stack()))
+			h = nil
+		}
+	}()
+	if r == nil {
+		return nil
+	}
+	return c.server.cfg.Take(r)
 }
 
 func (c *conn) handshake(config *tls.Config) bool {
@@ -237,7 +251,13 @@ func (c *conn) watchClient() {
 		n, err = c.rw.Read(c.buf[:cap(c.buf)])
 		c.buf = c.buf[:n]
 	}
-	if n > 0 || errors.Is(err, os.ErrDeadlineExceeded) || (errors.Is(err, io.EOF) && c.answer.halfClose) {
+	if n == 0 && errors.Is(err, io.EOF) && c.answer.halfClose {
+		// It waits for its answer still; endWatch's deadline ends the watch.
+		if err = hangup.Await(c.raw); errors.Is(err, errors.ErrUnsupported) {
+			return
+		}
+	}
+	if n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 		return
 	}
 	c.answer.clientGone.Store(true)
