@@ -158,17 +158,18 @@ func lookAfter(client io.Closer, answered <-chan struct{}, broken func()) error 
 // awaitHangup waits until a client that has ended its direction is gone, which is an
 // error, or until the other direction has ended.
 func awaitHangup(client net.Conn, answered <-chan struct{}) error {
-	gone := make(chan error, 1)
-	go func() { gone <- hangup.Await(client) }()
+	var err error
+	ended := make(chan struct{})
+	go func() { defer close(ended); err = hangup.Await(client) }()
 	select {
-	case err := <-gone:
+	case <-ended:
 		if err == nil {
 			return syscall.ECONNRESET
 		}
 		<-answered // it cannot be told
 	case <-answered:
 		_ = client.SetReadDeadline(time.Unix(1, 0)) // fails only on a closed connection, whose wait ends as well
-		<-gone
+		<-ended
 	}
 	return nil
 }
