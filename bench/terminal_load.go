@@ -412,12 +412,6 @@ func (l *load) exchange(ctx context.Context, in io.Reader, out io.Writer) error 
 	case <-ctx.Done():
 		return nil
 	}
-	// Clients that know nothing of each other do not send at the same moment.
-	select {
-	case <-time.After(rand.N(time.Second / messageRate)):
-	case <-ctx.Done():
-		return nil
-	}
 	tick := time.NewTicker(time.Second / messageRate)
 	defer tick.Stop()
 	message := make([]byte, messageSize)
