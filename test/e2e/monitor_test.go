@@ -85,8 +85,15 @@ func TestMetricsOfARunningPlatform(t *testing.T) {
 	}
 	b.fetch(8000, "/none")
 
-	m := p.scrape()
-	for _, name := range []string{"go_goroutines", "process_resident_memory_bytes", "wrenn_access_log_lines_total"} {
+	var m map[string]*dto.MetricFamily
+	eventually(t, 5*time.Second, "the lines of the access log are written and counted", func() error {
+		m = p.scrape()
+		if n := value(m["wrenn_access_log_lines_total"]); n < 21 {
+			return fmt.Errorf("%v lines", n)
+		}
+		return nil
+	})
+	for _, name := range []string{"go_goroutines", "process_resident_memory_bytes"} {
 		if value(m[name]) <= 0 {
 			t.Errorf("%s is %v", name, value(m[name]))
 		}
