@@ -30,6 +30,16 @@ type Runtime interface {
 	// sandbox.ErrConflict.
 	Create(ctx context.Context, cfg Config) (Instance, error)
 
+	// Restore starts an instance from an image that Snapshot has written, and
+	// returns once the guest goes on from where it was: with ImageMemory its
+	// processes, listeners and terminals are there and connections to outside are
+	// not; with ImageFiles its init starts anew on the files of the image. cfg is
+	// that of the instance the image was taken of but for ID, Dir, Slot and
+	// Hostname. The image is only read, and may be restored from many times, also
+	// at once. A failed Restore leaves nothing, as Create does. An image that is
+	// damaged, or of another version of the engine, gives sandbox.ErrInvalid.
+	Restore(ctx context.Context, cfg Config, image Image) (Instance, error)
+
 	// Adopt finds the instance again that an earlier process of the agent
 	// created, from what its State returned. sandbox.ErrNotFound means it is not
 	// running any more, sandbox.ErrInvalid that the state is not what State
@@ -49,7 +59,7 @@ const GuestInitPath = "/usr/bin/envd"
 
 // Config is what an instance is made from.
 type Config struct {
-	ID        sandbox.ID
+	ID        sandbox.ID    // the instance's own, never used before: a sandbox has another one after each resume
 	RootFS    string        // directory of the template's root filesystem; shared, never written
 	Dir       string        // directory of the instance's own; made by the caller, removed by the caller
 	GuestInit string        // host path of the static guest agent that becomes the guest's pid 1
@@ -57,6 +67,23 @@ type Config struct {
 	Slot      *network.Slot // the network it is put into, prepared for this start; owned by the caller
 	Hostname  string
 	Resources sandbox.Resources
+}
+
+// ImageKind says what of an instance an image holds.
+type ImageKind string
+
+// The kinds of images.
+const (
+	ImageMemory ImageKind = "memory" // memory, processes and files
+	ImageFiles  ImageKind = "files"  // what its root filesystem has beyond the template's; the guest boots anew
+)
+
+// An Image is an instance on disk. What the files in Dir are is the runtime's
+// affair; they are all in Dir itself, and whoever keeps the image keeps them
+// whole.
+type Image struct {
+	Dir  string
+	Kind ImageKind
 }
 
 // An Instance is one running sandbox. It survives the process that made it.
@@ -70,6 +97,21 @@ type Instance interface {
 
 	// Exit says how it ended; valid once Done is closed.
 	Exit() Exit
+
+	// Snapshot writes an image of the instance into image.Dir, an empty directory
+	// of the caller's. The instance goes on, with its connections; one call at a
+	// time. When it returns without an error the files are whole, but not synced.
+	// On an error the instance goes on all the same, and what was written is for
+	// the caller to remove. A full disk is sandbox.ErrExhausted.
+	//
+	// With pause the guest does nothing any more after a Snapshot that returned
+	// without an error: what it would do is not in the image. Stop is all that can
+	// be called then, or Resume.
+	Snapshot(ctx context.Context, image Image, pause bool) error
+
+	// Resume lets an instance go on that Snapshot has paused, or that was being
+	// paused when the agent was killed. On one that runs it does nothing.
+	Resume(ctx context.Context) error
 
 	// Stop ends the instance by force and frees what the runtime holds for it.
 	// It is idempotent and also right after the instance ended by itself. ctx
