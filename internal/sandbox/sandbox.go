@@ -17,6 +17,7 @@ type Resources struct {
 type Spec struct {
 	TemplateID          string
 	BuildID             string // the template build it starts from
+	SnapshotID          string // the snapshot it was started from; empty: the template itself
 	Resources           Resources
 	EnvVars             map[string]string // global environment of its processes
 	Metadata            map[string]string // the owner's labels, opaque to us
@@ -25,6 +26,9 @@ type Spec struct {
 	Timeout             time.Duration // time to live from start
 	Protected           bool          // ports other than envd's want the traffic token or a preview link
 	MaskRequestHost     string        // Host that its applications see, see CheckMaskRequestHost; empty: the client's
+	AutoPause           bool          // at the end of its time to live it is paused, not killed
+	AutoPauseMemory     bool          // that pause keeps its memory
+	AutoResume          bool          // traffic wakes it when it is paused
 }
 
 // Sandbox is the control plane's record of one sandbox.
@@ -32,13 +36,16 @@ type Sandbox struct {
 	ID          ID
 	TeamID      string
 	HostID      string
+	SourceID    ID // the sandbox it was forked from; empty: none
 	Spec        Spec
 	State       State
+	MemoryKept  bool      // while Paused: its memory is kept, not only its files
 	Reason      string    // why it is Stopped or Failed; shown to users
 	Address     string    // IP address at which the host agent reaches the guest; empty until Running
 	EnvdVersion string    // version of the guest agent in it; empty until Running
 	Alias       string    // template alias it was asked by; may be empty
 	Created     time.Time // intent recorded
+	Changed     time.Time // when it got into its State
 	Started     time.Time // zero until Running
 	Ends        time.Time // when its time to live is over
 	Ended       time.Time // zero until final
