@@ -1,5 +1,5 @@
-// Package store is the control plane's state: teams, API keys, templates and
-// sandboxes' records. It is an interface; package sqlite is behind it for one
+// Package store is the control plane's state: teams, API keys, templates,
+// sandboxes' records, what happened to them, and snapshots. It is an interface; package sqlite is behind it for one
 // host, and package storetest is the suite every implementation passes.
 //
 // Errors that callers tell apart are the kinds of package sandbox: ErrNotFound
@@ -21,6 +21,8 @@ type Store interface {
 	APIKeys() APIKeys
 	Templates() Templates
 	Sandboxes() Sandboxes
+	Events() Events
+	Snapshots() Snapshots
 	Close() error
 }
 
@@ -92,13 +94,14 @@ type Templates interface {
 // Sandboxes are the records of sandboxes. Spec.EnvVars is not kept: the
 // environment often holds secrets, and only the sandbox itself needs it.
 type Sandboxes interface {
-	// Insert adds a record. ErrConflict: the id is taken.
+	// Insert adds a record and, with it, the event that the sandbox was created.
+	// Where Changed is zero it becomes Created. ErrConflict: the id is taken.
 	Insert(ctx context.Context, s sandbox.Sandbox) error
 	Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error)
 
-	// Transition moves a record from one state to another, atomically.
-	// ErrConflict: it is not (any more) in that state, or Change.IfEndsBy does
-	// not hold; ErrNotFound: no such record.
+	// Transition moves a record from one state to another and writes the event of
+	// it, both or neither. ErrConflict: it is not (any more) in that state, or
+	// Change.IfEndsBy does not hold; ErrNotFound: no such record.
 	Transition(ctx context.Context, id sandbox.ID, from sandbox.State, c Change) error
 
 	// SetEnds sets when the time to live of a running sandbox is over.
@@ -130,6 +133,15 @@ type Change struct {
 	Started     time.Time
 	Ends        time.Time
 	Ended       time.Time
+	MemoryKept  *bool
+
+	// Cause is the event's, in words. Empty: Reason; where that is empty too and
+	// the sandbox is at its end, why it was being stopped.
+	Cause string
+
+	// At is when it happened. Zero: at Ended if that is set, else now. The store
+	// takes no time before that of the sandbox's last event.
+	At time.Time
 
 	// IfEndsBy, when set, makes the change only if the sandbox's time to live is
 	// over by then: an expiry loses against an extension that came first.
@@ -143,7 +155,7 @@ type Filter struct {
 	HostID       string
 	States       []sandbox.State
 	Metadata     map[string]string // every one of these must be there
-	Template     string            // template id or the alias the sandbox was asked by
+	Template     string            // id of template or snapshot, or the alias the sandbox was asked by
 	StartedAfter time.Time         // started at or after
 	EndsBy       time.Time         // its time to live is over by then
 	Ascending    bool
@@ -155,4 +167,101 @@ type Filter struct {
 type Cursor struct {
 	Started time.Time
 	ID      sandbox.ID
+}
+
+// Events are what happened to sandboxes: sandboxes' inserts and transitions
+// write them. They are kept when the sandbox's record is gone.
+type Events interface {
+	List(ctx context.Context, f EventFilter) ([]sandbox.Event, error)
+
+	// Purge deletes events from before t and returns how many. It goes through
+	// them in the order they were written and stops at one that is to be kept.
+	Purge(ctx context.Context, t time.Time) (int64, error)
+}
+
+// EventFilter picks events. Zero fields do not filter. Results are in the order
+// they were written, or backwards when Newest is set.
+type EventFilter struct {
+	TeamID    string
+	SandboxID sandbox.ID
+	After     int64 // only what has a greater Seq
+	Before    int64 // only what has a smaller Seq
+	Newest    bool
+	Limit     int // 0: all
+}
+
+// A Snapshot is the image of a sandbox at one moment, from which others start.
+type Snapshot struct {
+	ID            string // also of the image on the host
+	TeamID        string
+	HostID        string
+	Name          string     // what people call it; may be empty, and others may have it too
+	SandboxID     sandbox.ID // whose image it is
+	TemplateID    string     // that sandbox's template, its build and the alias it was asked by
+	BuildID       string
+	Alias         string
+	Resources     sandbox.Resources
+	Secured       bool // the guest agent in it wants an access token
+	AllowInternet bool
+	Kind          SnapshotKind
+	User          string // default user of processes
+	Workdir       string // default working directory
+	EnvdVersion   string
+	SizeBytes     int64
+	State         SnapshotState
+	Created       time.Time
+}
+
+// SnapshotKind is what an image holds.
+type SnapshotKind string
+
+// The kinds of snapshots.
+const (
+	SnapshotMemory SnapshotKind = "memory" // processes, memory and files
+	SnapshotFiles  SnapshotKind = "files"
+)
+
+// SnapshotState is where a snapshot is in its life.
+type SnapshotState string
+
+// The states of a snapshot. Its record is deleted after its image.
+const (
+	SnapshotCreating SnapshotState = "creating"
+	SnapshotReady    SnapshotState = "ready"
+	SnapshotDeleting SnapshotState = "deleting"
+)
+
+// Snapshots are the records of snapshots.
+type Snapshots interface {
+	// Insert adds a snapshot. ErrConflict: the id is taken.
+	Insert(ctx context.Context, s Snapshot) error
+	Get(ctx context.Context, id string) (Snapshot, error)
+	// GetByName returns the newest of the team's ready snapshots of that name.
+	GetByName(ctx context.Context, teamID, name string) (Snapshot, error)
+	// List returns the snapshots that the filter picks, newest first.
+	List(ctx context.Context, f SnapshotFilter) ([]Snapshot, error)
+	// SetState moves a snapshot from one state to another; a size of 0 stays as it
+	// is. ErrConflict: it is not (any more) in that state.
+	SetState(ctx context.Context, id string, from, to SnapshotState, sizeBytes int64) error
+	// Delete removes a snapshot. ErrNotFound: it is not there.
+	Delete(ctx context.Context, id string) error
+	// TeamBytes returns how much the team's ready snapshots take.
+	TeamBytes(ctx context.Context, teamID string) (int64, error)
+}
+
+// SnapshotFilter picks snapshots. Zero fields do not filter.
+type SnapshotFilter struct {
+	TeamID    string
+	HostID    string
+	SandboxID sandbox.ID
+	Name      string
+	States    []SnapshotState
+	After     *SnapshotCursor // only what comes after this one
+	Limit     int             // 0: all
+}
+
+// SnapshotCursor is a place in a list of snapshots.
+type SnapshotCursor struct {
+	Created time.Time
+	ID      string
 }

@@ -10,22 +10,17 @@ import (
 )
 
 func (s sandboxes) List(ctx context.Context, f store.Filter) ([]sandbox.Sandbox, error) {
-	where, args := conditions(f)
+	where := sandboxConditions(f)
 	direction, beyond := "DESC", "<"
 	if f.Ascending {
 		direction, beyond = "ASC", ">"
 	}
 	if f.After != nil {
-		args = append(args, nanos(f.After.Started), f.After.ID)
-		where = append(where, fmt.Sprintf("(started, id) %s ($%d, $%d)", beyond, len(args)-1, len(args)))
+		where.add("(started, id) "+beyond+" ($%d, $%d)", nanos(f.After.Started), f.After.ID)
 	}
-	query := `SELECT ` + sandboxColumns + ` FROM sandboxes` + clause(where) +
-		` ORDER BY started ` + direction + `, id ` + direction
-	if f.Limit > 0 {
-		args = append(args, f.Limit)
-		query += fmt.Sprintf(" LIMIT $%d", len(args))
-	}
-	rows, err := s.read.QueryContext(ctx, query, args...)
+	query := `SELECT ` + sandboxColumns + ` FROM sandboxes` + where.clause() +
+		` ORDER BY started ` + direction + `, id ` + direction + where.limit(f.Limit)
+	rows, err := s.read.QueryContext(ctx, query, where.args...)
 	if err != nil {
 		return nil, kind(err, "sandboxes")
 	}
@@ -42,53 +37,79 @@ func (s sandboxes) List(ctx context.Context, f store.Filter) ([]sandbox.Sandbox,
 }
 
 func (s sandboxes) Count(ctx context.Context, f store.Filter) (int, error) {
-	where, args := conditions(f)
+	where := sandboxConditions(f)
 	var n int
-	err := s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM sandboxes`+clause(where), args...).Scan(&n)
+	err := s.read.QueryRowContext(ctx, `SELECT COUNT(*) FROM sandboxes`+where.clause(), where.args...).Scan(&n)
 	return n, kind(err, "sandboxes")
 }
 
-// conditions are the filters of f that do not depend on an order.
-func conditions(f store.Filter) (where []string, args []any) {
-	add := func(format string, values ...any) {
-		places := make([]any, len(values))
-		for i, v := range values {
-			args = append(args, v)
-			places[i] = len(args)
-		}
-		where = append(where, fmt.Sprintf(format, places...))
-	}
+// sandboxConditions are the filters of f that do not depend on an order.
+func sandboxConditions(f store.Filter) conditions {
+	var where conditions
 	if f.TeamID != "" {
-		add("team_id = $%d", f.TeamID)
+		where.add("team_id = $%d", f.TeamID)
 	}
 	if f.HostID != "" {
-		add("host_id = $%d", f.HostID)
+		where.add("host_id = $%d", f.HostID)
 	}
 	if len(f.States) > 0 {
-		states := make([]any, len(f.States))
-		for i, st := range f.States {
-			states[i] = st
-		}
-		add("state IN ($%d"+strings.Repeat(", $%d", len(states)-1)+")", states...)
+		addIn(&where, "state", f.States)
 	}
 	if f.Template != "" {
-		add("(template_id = $%d OR alias = $%d)", f.Template, f.Template)
+		where.add("(template_id = $%d OR snapshot_id = $%d OR alias = $%d)", f.Template, f.Template, f.Template)
 	}
 	if !f.StartedAfter.IsZero() {
-		add("started >= $%d", nanos(f.StartedAfter))
+		where.add("started >= $%d", nanos(f.StartedAfter))
 	}
 	if !f.EndsBy.IsZero() {
-		add("ends <= $%d", nanos(f.EndsBy))
+		where.add("ends <= $%d", nanos(f.EndsBy))
 	}
 	for name, value := range f.Metadata {
-		add("EXISTS (SELECT 1 FROM sandbox_metadata m WHERE m.sandbox_id = sandboxes.id AND m.name = $%d AND m.value = $%d)", name, value)
+		where.add("EXISTS (SELECT 1 FROM sandbox_metadata m WHERE m.sandbox_id = sandboxes.id AND m.name = $%d AND m.value = $%d)", name, value)
 	}
-	return where, args
+	return where
 }
 
-func clause(where []string) string {
-	if len(where) == 0 {
+// conditions are what rows have to meet, and the values of their placeholders.
+type conditions struct {
+	where []string
+	args  []any
+}
+
+// add adds a condition whose placeholders are written $%d.
+func (c *conditions) add(format string, values ...any) {
+	c.where = append(c.where, c.place(format, values...))
+}
+
+// addIn adds the condition that a column has one of the values.
+func addIn[T any](c *conditions, column string, values []T) {
+	list := make([]any, len(values))
+	for i, v := range values {
+		list[i] = v
+	}
+	c.add(column+" IN ($%d"+strings.Repeat(", $%d", len(list)-1)+")", list...)
+}
+
+func (c *conditions) place(format string, values ...any) string {
+	places := make([]any, len(values))
+	for i, v := range values {
+		c.args = append(c.args, v)
+		places[i] = len(c.args)
+	}
+	return fmt.Sprintf(format, places...)
+}
+
+func (c *conditions) clause() string {
+	if len(c.where) == 0 {
 		return ""
 	}
-	return " WHERE " + strings.Join(where, " AND ")
+	return " WHERE " + strings.Join(c.where, " AND ")
+}
+
+// limit is the end of a query for at most n rows, 0 for all.
+func (c *conditions) limit(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return c.place(" LIMIT $%d", n)
 }

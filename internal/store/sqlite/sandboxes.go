@@ -1,6 +1,7 @@
 package sqlite
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -17,10 +18,11 @@ type sandboxes struct{ *Store }
 const (
 	sandboxColumns = `id, team_id, host_id, template_id, build_id, alias, cpus, memory_mib, disk_mib, pids,
 		metadata, secured, allow_internet, timeout, state, reason, address, envd_version, created, started, ends, ended,
-		protected, mask_request_host`
+		protected, mask_request_host, auto_pause, auto_pause_memory, auto_resume, memory_kept, snapshot_id, source_id, changed`
 
 	sandboxInsertSQL = `INSERT INTO sandboxes (` + sandboxColumns + `)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24)`
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24,
+			$25, $26, $27, $28, $29, $30, $31)`
 
 	metadataInsertSQL = `INSERT INTO sandbox_metadata (sandbox_id, name, value) VALUES ($1, $2, $3)`
 
@@ -33,8 +35,10 @@ const (
 			envd_version = COALESCE(NULLIF(CAST($4 AS TEXT), ''), envd_version),
 			started      = COALESCE(NULLIF(CAST($5 AS BIGINT), 0), started),
 			ends         = COALESCE(NULLIF(CAST($6 AS BIGINT), 0), ends),
-			ended        = COALESCE(NULLIF(CAST($7 AS BIGINT), 0), ended)
-		WHERE id = $8 AND state = $9 AND (CAST($10 AS BIGINT) = 0 OR ends <= CAST($10 AS BIGINT))`
+			ended        = COALESCE(NULLIF(CAST($7 AS BIGINT), 0), ended),
+			memory_kept  = COALESCE(CAST($8 AS BOOLEAN), memory_kept),
+			changed      = CASE WHEN CAST($9 AS BIGINT) > changed THEN CAST($9 AS BIGINT) ELSE changed END
+		WHERE id = $10 AND state = $11 AND (CAST($12 AS BIGINT) = 0 OR ends <= CAST($12 AS BIGINT))`
 )
 
 func (s sandboxes) Insert(ctx context.Context, b sandbox.Sandbox) error {
@@ -56,7 +60,8 @@ func (s sandboxes) Insert(ctx context.Context, b sandbox.Sandbox) error {
 		b.ID, b.TeamID, b.HostID, b.Spec.TemplateID, b.Spec.BuildID, b.Alias, r.CPUs, r.MemoryMiB, r.DiskMiB, r.PIDs,
 		string(text), b.Spec.Secured, b.Spec.AllowInternetAccess, int64(b.Spec.Timeout), b.State, b.Reason, b.Address,
 		b.EnvdVersion, nanos(b.Created), nanos(b.Started), nanos(b.Ends), nanos(b.Ended),
-		b.Spec.Protected, b.Spec.MaskRequestHost)
+		b.Spec.Protected, b.Spec.MaskRequestHost, b.Spec.AutoPause, b.Spec.AutoPauseMemory, b.Spec.AutoResume,
+		b.MemoryKept, b.Spec.SnapshotID, b.SourceID, nanos(or(b.Changed, b.Created)))
 	if err != nil {
 		return kind(err, "sandbox")
 	}
@@ -64,6 +69,10 @@ func (s sandboxes) Insert(ctx context.Context, b sandbox.Sandbox) error {
 		if _, err := tx.StmtContext(ctx, s.stmts.metadataInsert).ExecContext(ctx, b.ID, name, value); err != nil {
 			return kind(err, "sandbox metadata")
 		}
+	}
+	_, err = tx.StmtContext(ctx, s.stmts.eventInsert).ExecContext(ctx, b.ID, b.TeamID, nanos(b.Created), b.State, firstCause(b))
+	if err != nil {
+		return kind(err, "event")
 	}
 	return kind(tx.Commit(), "sandbox")
 }
@@ -76,15 +85,34 @@ func (s sandboxes) Transition(ctx context.Context, id sandbox.ID, from sandbox.S
 	if !from.CanBecome(c.State) {
 		return fmt.Errorf("move sandbox from %q to %q: no such transition", from, c.State)
 	}
-	res, err := s.stmts.transition.ExecContext(ctx, c.State, c.Reason, c.Address, c.EnvdVersion,
-		nanos(c.Started), nanos(c.Ends), nanos(c.Ended), id, from, nanos(c.IfEndsBy))
-	return s.changedOne(ctx, id, res, err)
+	at := nanos(or(c.At, or(c.Ended, time.Now())))
+	tx, err := s.write.BeginTx(ctx, nil)
+	if err != nil {
+		return kind(err, "sandbox")
+	}
+	defer tx.Rollback() //nolint:errcheck // nothing to undo after a commit
+	res, err := tx.StmtContext(ctx, s.stmts.transitionEvent).ExecContext(ctx,
+		at, c.State, cmp.Or(c.Cause, c.Reason), id, from, nanos(c.IfEndsBy))
+	if n, err := affected(res, err); err != nil || n == 0 {
+		tx.Rollback() //nolint:errcheck // nothing was written
+		return s.changedNone(ctx, id, err)
+	}
+	res, err = tx.StmtContext(ctx, s.stmts.transition).ExecContext(ctx, c.State, c.Reason, c.Address, c.EnvdVersion,
+		nanos(c.Started), nanos(c.Ends), nanos(c.Ended), c.MemoryKept, at, id, from, nanos(c.IfEndsBy))
+	if n, err := affected(res, err); err != nil || n == 0 {
+		tx.Rollback() //nolint:errcheck // the event of a change that somebody else was faster with
+		return s.changedNone(ctx, id, err)
+	}
+	return kind(tx.Commit(), "sandbox")
 }
 
 func (s sandboxes) SetEnds(ctx context.Context, id sandbox.ID, ends time.Time) error {
-	res, err := s.write.ExecContext(ctx, `UPDATE sandboxes SET ends = $1 WHERE id = $2 AND state = $3`,
-		nanos(ends), id, sandbox.Running)
-	return s.changedOne(ctx, id, res, err)
+	n, err := affected(s.write.ExecContext(ctx, `UPDATE sandboxes SET ends = $1 WHERE id = $2 AND state = $3`,
+		nanos(ends), id, sandbox.Running))
+	if err != nil || n == 0 {
+		return s.changedNone(ctx, id, err)
+	}
+	return nil
 }
 
 func (s sandboxes) ExtendEnds(ctx context.Context, id sandbox.ID, ends time.Time) (time.Time, error) {
@@ -92,28 +120,36 @@ func (s sandboxes) ExtendEnds(ctx context.Context, id sandbox.ID, ends time.Time
 	err := s.write.QueryRowContext(ctx, `UPDATE sandboxes SET ends = CASE WHEN ends < CAST($1 AS BIGINT) THEN CAST($1 AS BIGINT) ELSE ends END
 		WHERE id = $2 AND state = $3 RETURNING ends`, nanos(ends), id, sandbox.Running).Scan(&now)
 	if errors.Is(err, sql.ErrNoRows) {
-		return time.Time{}, s.changedNone(ctx, id)
+		return time.Time{}, s.changedNone(ctx, id, nil)
 	}
 	return fromNanos(now), kind(err, "sandbox")
 }
 
-// changedOne says why an update that should have hit one record did not.
-func (s sandboxes) changedOne(ctx context.Context, id sandbox.ID, res sql.Result, err error) error {
+// changedNone says why an update did not hit the record; err is the update's own.
+func (s sandboxes) changedNone(ctx context.Context, id sandbox.ID, err error) error {
 	if err != nil {
 		return kind(err, "sandbox")
 	}
-	if n, err := res.RowsAffected(); err != nil || n == 1 {
-		return kind(err, "sandbox")
-	}
-	return s.changedNone(ctx, id)
-}
-
-func (s sandboxes) changedNone(ctx context.Context, id sandbox.ID) error {
 	b, err := s.Get(ctx, id)
 	if err != nil {
 		return err
 	}
 	return sandbox.Errorf(sandbox.ErrConflict, "sandbox %q is %s", id, b.State)
+}
+
+func affected(res sql.Result, err error) (int64, error) {
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
+// or is t, or d when t is zero.
+func or(t, d time.Time) time.Time {
+	if t.IsZero() {
+		return d
+	}
+	return t
 }
 
 func (s sandboxes) NextEnd(ctx context.Context, hostID string) (time.Time, bool, error) {
@@ -135,12 +171,13 @@ func (s sandboxes) Purge(ctx context.Context, t time.Time) (int64, error) {
 func scanSandbox(r row) (sandbox.Sandbox, error) {
 	var b sandbox.Sandbox
 	var metadata string
-	var timeout, created, started, ends, ended int64
+	var timeout, created, started, ends, ended, changed int64
 	res := &b.Spec.Resources
 	err := r.Scan(&b.ID, &b.TeamID, &b.HostID, &b.Spec.TemplateID, &b.Spec.BuildID, &b.Alias,
 		&res.CPUs, &res.MemoryMiB, &res.DiskMiB, &res.PIDs, &metadata, &b.Spec.Secured, &b.Spec.AllowInternetAccess,
 		&timeout, &b.State, &b.Reason, &b.Address, &b.EnvdVersion, &created, &started, &ends, &ended,
-		&b.Spec.Protected, &b.Spec.MaskRequestHost)
+		&b.Spec.Protected, &b.Spec.MaskRequestHost, &b.Spec.AutoPause, &b.Spec.AutoPauseMemory, &b.Spec.AutoResume,
+		&b.MemoryKept, &b.Spec.SnapshotID, &b.SourceID, &changed)
 	if err != nil {
 		return b, kind(err, "sandbox")
 	}
@@ -149,5 +186,6 @@ func scanSandbox(r row) (sandbox.Sandbox, error) {
 	}
 	b.Spec.Timeout = time.Duration(timeout)
 	b.Created, b.Started, b.Ends, b.Ended = fromNanos(created), fromNanos(started), fromNanos(ends), fromNanos(ended)
+	b.Changed = fromNanos(changed)
 	return b, nil
 }

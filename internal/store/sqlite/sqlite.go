@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/url"
+	"os"
 	"time"
 
 	"github.com/pressly/goose/v3"
@@ -27,6 +28,7 @@ var migrations embed.FS
 type Store struct {
 	write *sql.DB // one connection: SQLite has one writer, waiting here is cheaper than its busy loop
 	read  *sql.DB
+	index *os.File // see reserve; may be nil
 	stmts statements
 }
 
@@ -51,7 +53,7 @@ func Open(ctx context.Context, path string) (_ *Store, err error) {
 	if err = s.prepare(ctx); err != nil {
 		return nil, err
 	}
-	if err = reserve(path + "-wal"); err != nil {
+	if s.index, err = reserve(path); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -75,14 +77,22 @@ func openPool(path, txlock string, connections int) (*sql.DB, error) {
 	return db, nil
 }
 
-func migrate(ctx context.Context, db *sql.DB) error {
+func provider(db *sql.DB) (*goose.Provider, error) {
 	dir, err := fs.Sub(migrations, "migrations")
 	if err != nil {
-		return fmt.Errorf("read migrations: %w", err)
+		return nil, fmt.Errorf("read migrations: %w", err)
 	}
 	p, err := goose.NewProvider(goose.DialectSQLite3, db, dir)
 	if err != nil {
-		return fmt.Errorf("prepare migrations: %w", err)
+		return nil, fmt.Errorf("prepare migrations: %w", err)
+	}
+	return p, nil
+}
+
+func migrate(ctx context.Context, db *sql.DB) error {
+	p, err := provider(db)
+	if err != nil {
+		return err
 	}
 	have, want, err := p.GetVersions(ctx)
 	var sqliteErr *driver.Error
@@ -109,6 +119,9 @@ func (s *Store) Close() error {
 			errs = append(errs, db.Close())
 		}
 	}
+	if s.index != nil {
+		errs = append(errs, s.index.Close())
+	}
 	return errors.Join(errs...)
 }
 
@@ -124,9 +137,15 @@ func (s *Store) Templates() store.Templates { return templates{s} }
 // Sandboxes implements store.Store.
 func (s *Store) Sandboxes() store.Sandboxes { return sandboxes{s} }
 
+// Events implements store.Store.
+func (s *Store) Events() store.Events { return events{s} }
+
+// Snapshots implements store.Store.
+func (s *Store) Snapshots() store.Snapshots { return snapshots{s} }
+
 // statements are the queries of the path that every create and kill goes.
 type statements struct {
-	sandboxInsert, metadataInsert, sandboxGet, transition *sql.Stmt
+	sandboxInsert, metadataInsert, eventInsert, sandboxGet, transitionEvent, transition *sql.Stmt
 }
 
 func (s *Store) prepare(ctx context.Context) (err error) {
@@ -137,6 +156,8 @@ func (s *Store) prepare(ctx context.Context) (err error) {
 	}{
 		{&s.stmts.sandboxInsert, s.write, sandboxInsertSQL},
 		{&s.stmts.metadataInsert, s.write, metadataInsertSQL},
+		{&s.stmts.eventInsert, s.write, eventInsertSQL},
+		{&s.stmts.transitionEvent, s.write, transitionEventSQL},
 		{&s.stmts.transition, s.write, transitionSQL},
 		{&s.stmts.sandboxGet, s.read, sandboxGetSQL},
 	} {

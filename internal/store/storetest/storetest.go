@@ -31,6 +31,16 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		"every filter of a list holds":                                     testFilters,
 		"pages follow each other in both orders without gaps or repeats":   testPages,
 		"the purge takes ended sandboxes only":                             testPurge,
+		"every transition is an event, also when the sandbox is gone":      testEvents,
+		"how a sandbox came to be is its first event":                      testFirstEvent,
+		"a transition that did not happen is no event":                     testNoEvent,
+		"racing transitions leave one chain of events":                     testEventRace,
+		"every filter of events holds":                                     testEventFilters,
+		"events are purged oldest first and their numbers not used again":  testEventPurge,
+		"a snapshot goes from state to state and can be deleted":           testSnapshots,
+		"the newest ready snapshot of a name is the one":                   testSnapshotNames,
+		"every filter of snapshots holds":                                  testSnapshotFilters,
+		"a team's snapshots are summed up":                                 testTeamBytes,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := open(t)
@@ -61,7 +71,7 @@ func Sandbox(n int) sandbox.Sandbox {
 			Resources: sandbox.Resources{CPUs: 2, MemoryMiB: 512, DiskMiB: 1024, PIDs: 99},
 			Metadata:  map[string]string{},
 		},
-		Created: Epoch, Started: Epoch.Add(time.Duration(n) * time.Second), Ends: Epoch.Add(time.Hour),
+		Created: Epoch, Changed: Epoch, Started: Epoch.Add(time.Duration(n) * time.Second), Ends: Epoch.Add(time.Hour),
 	}
 }
 
@@ -140,6 +150,8 @@ func testInsert(t *testing.T, s store.Store) {
 	b.Spec.Metadata = map[string]string{"a": "b c", "ü\"'": "%_\\", "": "empty name"}
 	b.Spec.EnvVars = map[string]string{"TOKEN": "secret"}
 	b.Spec.Protected, b.Spec.MaskRequestHost = true, "app.test:${PORT}"
+	b.Spec.AutoPause, b.Spec.AutoPauseMemory, b.Spec.AutoResume = true, true, true
+	b.Spec.SnapshotID, b.SourceID, b.MemoryKept, b.Changed = "snap", sandbox.NewID(), true, Epoch.Add(time.Minute)
 	must(t, s.Sandboxes().Insert(t.Context(), b))
 	got, err := s.Sandboxes().Get(t.Context(), b.ID)
 	must(t, err)
@@ -148,6 +160,27 @@ func testInsert(t *testing.T, s store.Store) {
 	equal(t, b, got)
 	_, err = s.Sandboxes().Get(t.Context(), sandbox.NewID())
 	is(t, err, sandbox.ErrNotFound)
+
+	// Each of them by itself: three of a kind side by side are easily mixed up.
+	for name, set := range map[string]func(*sandbox.Sandbox){
+		"auto-pause":        func(b *sandbox.Sandbox) { b.Spec.AutoPause = true },
+		"auto-pause memory": func(b *sandbox.Sandbox) { b.Spec.AutoPauseMemory = true },
+		"auto-resume":       func(b *sandbox.Sandbox) { b.Spec.AutoResume = true },
+		"memory kept":       func(b *sandbox.Sandbox) { b.MemoryKept = true },
+		"unchanged":         func(b *sandbox.Sandbox) { b.Changed = time.Time{} },
+	} {
+		b := Sandbox(0)
+		set(&b)
+		must(t, s.Sandboxes().Insert(t.Context(), b))
+		got, err := s.Sandboxes().Get(t.Context(), b.ID)
+		must(t, err)
+		if b.Changed.IsZero() {
+			b.Changed = b.Created
+		}
+		if diff := cmp.Diff(b, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
 }
 
 func testTransition(t *testing.T, s store.Store) {
@@ -163,11 +196,29 @@ func testTransition(t *testing.T, s store.Store) {
 	}
 	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Starting, c))
 	is(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Starting, c), sandbox.ErrConflict)
-	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Running, store.Change{State: sandbox.Failed, Reason: "oom", Ended: Epoch.Add(3)}))
-
-	b.State, b.Address, b.EnvdVersion, b.Started, b.Ends = sandbox.Failed, "10.0.0.1", "1.2.3", Epoch.Add(1), Epoch.Add(2)
-	b.Reason, b.Ended = "oom", Epoch.Add(3)
+	keep := true
+	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Running, store.Change{State: sandbox.Pausing, MemoryKept: &keep, At: Epoch.Add(2)}))
+	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Pausing, store.Change{State: sandbox.Paused}))
+	b.State, b.Address, b.EnvdVersion, b.Started, b.Ends = sandbox.Paused, "10.0.0.1", "1.2.3", Epoch.Add(1), Epoch.Add(2)
+	b.MemoryKept = true
 	got, err := s.Sandboxes().Get(ctx, b.ID)
+	must(t, err)
+	if since := time.Since(got.Changed); since < 0 || since > time.Minute {
+		t.Errorf("a transition without a time was recorded %s ago", since)
+	}
+	b.Changed = got.Changed
+	equal(t, b, got)
+	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Paused, store.Change{State: sandbox.Resuming}))
+	keep = false
+	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Resuming, store.Change{
+		State: sandbox.Running, Address: "10.0.0.2", Ends: Epoch.Add(4), MemoryKept: &keep,
+	}))
+	b.Address, b.Ends, b.MemoryKept = "10.0.0.2", Epoch.Add(4), false
+	died := time.Now().Add(time.Hour).UTC()
+	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Running, store.Change{State: sandbox.Failed, Reason: "oom", Ended: died}))
+
+	b.State, b.Reason, b.Ended, b.Changed = sandbox.Failed, "oom", died, died
+	got, err = s.Sandboxes().Get(ctx, b.ID)
 	must(t, err)
 	equal(t, b, got)
 }
@@ -269,25 +320,28 @@ func testFilters(t *testing.T, s store.Store) {
 	add("other template", 3, func(b *sandbox.Sandbox) { b.Spec.TemplateID, b.Alias = "tpl2", "desktop" })
 	add("stopping", 4, func(b *sandbox.Sandbox) { b.State = sandbox.Stopping })
 	add("foreign", 5, func(b *sandbox.Sandbox) { b.TeamID, b.HostID, b.Ends = "t2", "h2", Epoch })
+	add("paused", 6, func(b *sandbox.Sandbox) { b.State, b.HostID, b.Spec.SnapshotID = sandbox.Paused, "h3", "snap" })
 
 	for _, c := range []struct {
 		name   string
 		filter store.Filter
 		want   []string
 	}{
-		{"nothing", store.Filter{}, []string{"foreign", "stopping", "other template", "other label", "labelled", "plain"}},
-		{"limit", store.Filter{Limit: 2}, []string{"foreign", "stopping"}},
-		{"team", store.Filter{TeamID: "t1", Ascending: true}, []string{"plain", "labelled", "other label", "other template", "stopping"}},
+		{"nothing", store.Filter{}, []string{"paused", "foreign", "stopping", "other template", "other label", "labelled", "plain"}},
+		{"limit", store.Filter{Limit: 2}, []string{"paused", "foreign"}},
+		{"team", store.Filter{TeamID: "t1", Ascending: true}, []string{"plain", "labelled", "other label", "other template", "stopping", "paused"}},
 		{"host", store.Filter{HostID: "h2"}, []string{"foreign"}},
 		{"one state", store.Filter{States: []sandbox.State{sandbox.Stopping}}, []string{"stopping"}},
 		{"states", store.Filter{States: []sandbox.State{sandbox.Stopping, sandbox.Running}, Limit: 2}, []string{"foreign", "stopping"}},
-		{"no such state", store.Filter{States: []sandbox.State{sandbox.Paused}}, nil},
+		{"paused", store.Filter{States: []sandbox.State{sandbox.Paused}}, []string{"paused"}},
+		{"no such state", store.Filter{States: []sandbox.State{sandbox.Resuming}}, nil},
+		{"snapshot", store.Filter{Template: "snap"}, []string{"paused"}},
 		{"template id", store.Filter{Template: "tpl2"}, []string{"other template"}},
 		{"alias", store.Filter{Template: "desktop"}, []string{"other template"}},
 		{"one pair", store.Filter{Metadata: map[string]string{"app": "prod"}}, []string{"other label", "labelled"}},
 		{"two pairs", store.Filter{Metadata: map[string]string{"app": "prod", "user": "o'neil%"}}, []string{"labelled"}},
 		{"a pair nobody has", store.Filter{Metadata: map[string]string{"app": "prod", "x": ""}}, nil},
-		{"started at or after", store.Filter{StartedAfter: Epoch.Add(4 * time.Second)}, []string{"foreign", "stopping"}},
+		{"started at or after", store.Filter{StartedAfter: Epoch.Add(4 * time.Second)}, []string{"paused", "foreign", "stopping"}},
 		{"over by", store.Filter{EndsBy: Epoch}, []string{"foreign"}},
 		{"all together", store.Filter{
 			TeamID: "t1", HostID: "h1", States: []sandbox.State{sandbox.Running}, Template: "base",
