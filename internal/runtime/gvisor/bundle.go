@@ -21,14 +21,15 @@ import (
 // The files of an instance in its directory. The overlay's upper layer is there
 // as well, as a file without a name.
 const (
-	specFile  = "config.json" // the OCI bundle; runsc fixes the name
-	upperFile = "upper.tar"   // what the root filesystem has beyond the template's from the start
-	logFile   = "runsc.log"   // fatal errors of runsc's own
-	panicFile = "panic.log"   // a crash of the sandbox kernel
-	pidFile   = "pid"
+	specFile   = "config.json" // the OCI bundle; runsc fixes the name
+	upperFile  = "upper.tar"   // what the root filesystem has beyond the template's from the start
+	logFile    = "runsc.log"   // fatal errors of runsc's own
+	panicFile  = "panic.log"   // a crash of the sandbox kernel
+	pidFile    = "pid"
+	pausedFile = "paused" // there while the guest may be paused
 )
 
-var instanceFiles = []string{specFile, upperFile, logFile, panicFile, pidFile}
+var instanceFiles = []string{specFile, upperFile, logFile, panicFile, pidFile, pausedFile}
 
 // capabilities are what container engines commonly grant: enough for sudo, apt
 // and ping. They count only inside the sandbox kernel. The guest agent keeps
@@ -39,14 +40,22 @@ var capabilities = []string{
 	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
 }
 
-// writeBundle writes into cfg.Dir what runsc makes the instance from.
-func writeBundle(cfg runtime.Config, cgroup string) error {
-	spec, err := json.Marshal(bundleSpec(cfg, cgroup))
+// writeBundle writes into cfg.Dir what runsc makes the instance from, besides the
+// image, which may be nil.
+func writeBundle(cfg runtime.Config, cgroup string, image *runtime.Image) error {
+	layer := filepath.Join(cfg.Dir, upperFile)
+	if image != nil && image.Kind == runtime.ImageFiles {
+		layer = filepath.Join(image.Dir, layerFile)
+	}
+	spec, err := json.Marshal(bundleSpec(cfg, cgroup, layer))
 	if err != nil {
 		return fmt.Errorf("write bundle: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(cfg.Dir, specFile), spec, 0o600); err != nil {
 		return fmt.Errorf("write bundle: %w", err)
+	}
+	if image != nil && image.Kind == runtime.ImageFiles {
+		return nil
 	}
 	upper, err := upperLayer(cfg.Hostname)
 	if err != nil {
@@ -58,7 +67,7 @@ func writeBundle(cfg runtime.Config, cgroup string) error {
 	return nil
 }
 
-func bundleSpec(cfg runtime.Config, cgroup string) *specs.Spec {
+func bundleSpec(cfg runtime.Config, cgroup, layer string) *specs.Spec {
 	const cpuPeriod = 100_000 // microseconds
 	var (
 		memory = cfg.Resources.MemoryMiB << 20
@@ -107,7 +116,7 @@ func bundleSpec(cfg runtime.Config, cgroup string) *specs.Spec {
 				Pids:   &specs.LinuxPids{Limit: cfg.Resources.PIDs},
 			},
 		},
-		Annotations: map[string]string{"dev.gvisor.tar.rootfs.upper": filepath.Join(cfg.Dir, upperFile)},
+		Annotations: map[string]string{"dev.gvisor.tar.rootfs.upper": layer},
 	}
 }
 
@@ -167,6 +176,7 @@ func engineFlags(root, dir string, diskMiB int64) []string {
 		fmt.Sprintf("--overlay2=root:dir=%s,size=%dm", dir, diskMiB),
 		"--network=sandbox",
 		"--allow-rootfs-tar-annotation",
+		"--restore-spec-validation=ignore", // paths differ, and a later version's bundle may
 	})
 }
 

@@ -23,6 +23,8 @@ type state struct {
 	MemoryMiB int64   `json:"memoryMiB"`
 	DiskMiB   int64   `json:"diskMiB"`
 	PIDs      int64   `json:"pids"`
+	Version   string  `json:"version"` // of the engine
+	Init      int64   `json:"init"`    // size of the guest agent
 	Engine    process `json:"engine"`
 	Gofer     process `json:"gofer"`
 }
@@ -39,6 +41,8 @@ type instance struct {
 	oomed  atomic.Bool // it was
 	done   chan struct{}
 	exit   runtime.Exit // set before done is closed
+
+	snapshots sync.Mutex // held while one is taken, or the guest resumed
 
 	mu       sync.Mutex
 	stopping bool      // Stop was called

@@ -155,131 +155,14 @@ func statePath(root string, id sandbox.ID, ext string) string {
 	return filepath.Join(root, fmt.Sprintf("%s_sandbox:%s.%s", id, id, ext))
 }
 
-// Create implements runtime.Runtime.
-func (r *Runtime) Create(ctx context.Context, cfg runtime.Config) (runtime.Instance, error) {
-	if err := check(cfg); err != nil {
-		return nil, err
-	}
-	if err := r.claim(cfg.ID); err != nil {
-		return nil, err
-	}
-	defer r.release(cfg.ID)
-
-	inst, err := r.create(ctx, cfg)
-	if err != nil {
-		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
-		defer cancel()
-		if ferr := free(cleanup, r.cgroups, r.cfg.Root, r.cfg.Tag, cfg.ID, cfg.Dir); ferr != nil {
-			r.cfg.Log.Error("failed creation left something", "sandbox", cfg.ID, "err", ferr)
-		}
-		return nil, fmt.Errorf("create sandbox %s: %w", cfg.ID, err)
-	}
-	return inst, nil
-}
-
-// check refuses what runsc would take and misunderstand.
-func check(cfg runtime.Config) error {
-	if _, err := sandbox.ParseID(string(cfg.ID)); err != nil {
-		return err
-	}
-	if res := cfg.Resources; res.CPUs <= 0 || res.MemoryMiB <= 0 || res.DiskMiB <= 0 || res.PIDs <= 0 {
-		return sandbox.Errorf(sandbox.ErrInvalid, "resources must be above zero: %+v", res)
-	}
-	if cfg.Slot == nil {
-		return sandbox.Errorf(sandbox.ErrInvalid, "a sandbox needs a network slot")
-	}
-	for _, path := range []string{cfg.RootFS, cfg.Dir, cfg.GuestInit} {
-		if !filepath.IsAbs(path) {
-			return sandbox.Errorf(sandbox.ErrInvalid, "path %q is not absolute", path)
-		}
-	}
-	if info, err := os.Stat(cfg.RootFS); err != nil {
-		return fmt.Errorf("open root filesystem: %w", err)
-	} else if !info.IsDir() {
-		return fmt.Errorf("open root filesystem: %s is no directory", cfg.RootFS)
-	}
-	if _, err := os.Stat(cfg.GuestInit); err != nil {
-		return fmt.Errorf("open guest agent: %w", err)
-	}
-	return nil
-}
-
-// claim takes the id for a creation.
-func (r *Runtime) claim(id sandbox.ID) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	_, err := os.Lstat(stateFile(r.cfg.Root, id))
-	if r.claimed[id] || err == nil || r.cgroups.exists(group(r.cfg.Tag, id)) {
-		return sandbox.Errorf(sandbox.ErrConflict, "sandbox %s exists already", id)
-	}
-	r.claimed[id] = true
-	return nil
-}
-
-func (r *Runtime) release(id sandbox.ID) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.claimed, id)
-}
-
-// memoryOverhead is what the host grants beyond the guest's memory, for the
-// sandbox kernel, the gofer and page tables: so that the guest can use all that
-// it is shown.
-func memoryOverhead(memoryMiB int64) int64 { return 64 + memoryMiB/16 }
-
-func (r *Runtime) create(ctx context.Context, cfg runtime.Config) (*instance, error) {
-	cgroup := group(r.cfg.Tag, cfg.ID)
-	if err := writeBundle(cfg, cgroup); err != nil {
-		return nil, err
-	}
-	args := append(engineFlags(r.cfg.Root, cfg.Dir, cfg.Resources.DiskMiB),
-		"run", "--detach", "--bundle="+cfg.Dir, string(cfg.ID))
-	if err := r.exec(ctx, filepath.Join(cfg.Dir, logFile), args); err != nil {
-		return nil, err
-	}
-	limit := cfg.Resources.MemoryMiB + memoryOverhead(cfg.Resources.MemoryMiB)
-	if err := r.cgroups.limitMemory(cgroup, limit<<20); err != nil {
-		return nil, err
-	}
-	st, err := readState(r.cfg.Root, cfg)
-	if err != nil {
-		return nil, err
-	}
-	inst, err := r.open(cfg.ID, st)
-	if errors.Is(err, os.ErrProcessDone) {
-		return nil, fmt.Errorf("the sandbox ended at once: %s", ending(cfg.Dir, 0, false))
-	}
-	return inst, err
-}
-
-// readState records the processes that runsc started.
-func readState(root string, cfg runtime.Config) (state, error) {
-	data, err := os.ReadFile(stateFile(root, cfg.ID))
-	if err != nil {
-		return state{}, fmt.Errorf("read runsc's state: %w", err)
-	}
-	var runsc struct {
-		GoferPID int `json:"goferPid"`
-		Sandbox  struct {
-			PID int `json:"pid"`
-		} `json:"sandbox"`
-	}
-	if err := json.Unmarshal(data, &runsc); err != nil {
-		return state{}, fmt.Errorf("read runsc's state: %w", err)
-	}
-	res := cfg.Resources
-	st := state{Dir: cfg.Dir, MemoryMiB: res.MemoryMiB, DiskMiB: res.DiskMiB, PIDs: res.PIDs}
-	// A process that has ended already is left zero; opening it says so.
-	st.Engine, _ = identify(runsc.Sandbox.PID)
-	st.Gofer, _ = identify(runsc.GoferPID)
-	return st, nil
-}
-
 // Adopt implements runtime.Runtime.
 func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (runtime.Instance, error) {
 	var st state
 	if err := json.Unmarshal(raw, &st); err != nil {
 		return nil, &sandbox.Error{Kind: sandbox.ErrInvalid, Message: fmt.Sprintf("the recorded state of sandbox %s is damaged", id), Cause: err}
+	}
+	if st.Version == "" { // it is from before this was recorded
+		st.Version = r.version
 	}
 	inst, err := r.open(id, st)
 	if errors.Is(err, os.ErrProcessDone) {

@@ -1,0 +1,212 @@
+package gvisor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// Create implements runtime.Runtime.
+func (r *Runtime) Create(ctx context.Context, cfg runtime.Config) (runtime.Instance, error) {
+	if err := check(cfg); err != nil {
+		return nil, err
+	}
+	inst, err := r.start(ctx, cfg, nil)
+	if err != nil {
+		return nil, fmt.Errorf("create sandbox %s: %w", cfg.ID, err)
+	}
+	return inst, nil
+}
+
+// Restore implements runtime.Runtime.
+func (r *Runtime) Restore(ctx context.Context, cfg runtime.Config, image runtime.Image) (runtime.Instance, error) {
+	if err := check(cfg); err != nil {
+		return nil, err
+	}
+	inst, err := r.start(ctx, cfg, &image)
+	if err != nil {
+		return nil, fmt.Errorf("restore sandbox %s: %w", cfg.ID, err)
+	}
+	return inst, nil
+}
+
+// start makes an instance, from an image unless that is nil. When it fails,
+// nothing is left.
+func (r *Runtime) start(ctx context.Context, cfg runtime.Config, image *runtime.Image) (*instance, error) {
+	if err := r.claim(cfg.ID); err != nil {
+		return nil, err
+	}
+	defer r.release(cfg.ID)
+	inst, err := r.launch(ctx, cfg, image)
+	if err != nil {
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+		defer cancel()
+		if ferr := free(cleanup, r.cgroups, r.cfg.Root, r.cfg.Tag, cfg.ID, cfg.Dir); ferr != nil {
+			r.cfg.Log.Error("failed start left something", "sandbox", cfg.ID, "err", ferr)
+		}
+		return nil, err
+	}
+	return inst, nil
+}
+
+// check refuses what runsc would take and misunderstand.
+func check(cfg runtime.Config) error {
+	if _, err := sandbox.ParseID(string(cfg.ID)); err != nil {
+		return err
+	}
+	if res := cfg.Resources; res.CPUs <= 0 || res.MemoryMiB <= 0 || res.DiskMiB <= 0 || res.PIDs <= 0 {
+		return sandbox.Errorf(sandbox.ErrInvalid, "resources must be above zero: %+v", res)
+	}
+	if cfg.Slot == nil {
+		return sandbox.Errorf(sandbox.ErrInvalid, "a sandbox needs a network slot")
+	}
+	for _, path := range []string{cfg.RootFS, cfg.Dir, cfg.GuestInit} {
+		if !filepath.IsAbs(path) {
+			return sandbox.Errorf(sandbox.ErrInvalid, "path %q is not absolute", path)
+		}
+	}
+	if info, err := os.Stat(cfg.RootFS); err != nil {
+		return fmt.Errorf("open root filesystem: %w", err)
+	} else if !info.IsDir() {
+		return fmt.Errorf("open root filesystem: %s is no directory", cfg.RootFS)
+	}
+	if _, err := os.Stat(cfg.GuestInit); err != nil {
+		return fmt.Errorf("open guest agent: %w", err)
+	}
+	return nil
+}
+
+// claim takes the id for a creation.
+func (r *Runtime) claim(id sandbox.ID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, err := os.Lstat(stateFile(r.cfg.Root, id))
+	if r.claimed[id] || err == nil || r.cgroups.exists(group(r.cfg.Tag, id)) {
+		return sandbox.Errorf(sandbox.ErrConflict, "sandbox %s exists already", id)
+	}
+	r.claimed[id] = true
+	return nil
+}
+
+func (r *Runtime) release(id sandbox.ID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.claimed, id)
+}
+
+// memoryOverhead is what the host grants beyond the guest's memory, for the
+// sandbox kernel, the gofer and page tables: so that the guest can use all that
+// it is shown.
+func memoryOverhead(memoryMiB int64) int64 { return 64 + memoryMiB/16 }
+
+// launch runs the commands that make the instance.
+func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime.Image) (*instance, error) {
+	init, err := os.Stat(cfg.GuestInit)
+	if err != nil {
+		return nil, fmt.Errorf("open guest agent: %w", err)
+	}
+	var m manifest
+	if image != nil {
+		if m, err = checkImage(*image, r.version, init.Size()); err != nil {
+			return nil, err
+		}
+	}
+	cgroup := group(r.cfg.Tag, cfg.ID)
+	if err := writeBundle(cfg, cgroup, image); err != nil {
+		return nil, err
+	}
+	if image != nil && image.Kind == runtime.ImageMemory {
+		err = r.load(ctx, cfg, *image, m)
+	} else {
+		err = r.runsc(ctx, cfg, "run", "--detach", "--bundle="+cfg.Dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := r.raiseMemory(cfg); err != nil {
+		return nil, err
+	}
+	st, err := r.identify(cfg, init.Size())
+	if err != nil {
+		return nil, err
+	}
+	inst, err := r.open(cfg.ID, st)
+	if errors.Is(err, os.ErrProcessDone) {
+		return nil, fmt.Errorf("the sandbox ended at once: %s", ending(cfg.Dir, 0, false))
+	}
+	return inst, err
+}
+
+// load makes the instance from an image of memory.
+func (r *Runtime) load(ctx context.Context, cfg runtime.Config, image runtime.Image, m manifest) error {
+	// The guest is shown the memory limit that there is when the engine starts. An
+	// image that would hardly fit below it is loaded when the limit is raised.
+	if m.memory() > cfg.Resources.MemoryMiB<<20/2 {
+		if err := r.runsc(ctx, cfg, "create", "--bundle="+cfg.Dir); err != nil {
+			return err
+		}
+		if err := r.raiseMemory(cfg); err != nil {
+			return err
+		}
+	}
+	err := r.runsc(ctx, cfg, "restore", "--detach", "--bundle="+cfg.Dir, "--image-path="+image.Dir)
+	if err != nil && strings.Contains(err.Error(), "restoring container") { // it is made, but cannot go on from the image
+		return &sandbox.Error{Kind: sandbox.ErrInvalid, Message: fmt.Sprintf("the image in %s cannot be used: it is damaged", image.Dir), Cause: err}
+	}
+	return err
+}
+
+// runsc runs one command of runsc's on the instance.
+func (r *Runtime) runsc(ctx context.Context, cfg runtime.Config, command ...string) error {
+	args := append(engineFlags(r.cfg.Root, cfg.Dir, cfg.Resources.DiskMiB), command...)
+	return r.exec(ctx, filepath.Join(cfg.Dir, logFile), append(args, string(cfg.ID)))
+}
+
+// raiseMemory sets the memory limit to what the guest is shown and what the
+// engine needs beyond that.
+func (r *Runtime) raiseMemory(cfg runtime.Config) error {
+	limit := cfg.Resources.MemoryMiB + memoryOverhead(cfg.Resources.MemoryMiB)
+	return r.cgroups.limitMemory(group(r.cfg.Tag, cfg.ID), limit<<20)
+}
+
+// runscState is what runsc knows of a container, as far as it matters here.
+type runscState struct {
+	GoferPID int `json:"goferPid"`
+	Sandbox  struct {
+		PID               int    `json:"pid"`
+		ControlSocketPath string `json:"controlSocketPath"`
+	} `json:"sandbox"`
+}
+
+func readRunscState(root string, id sandbox.ID) (runscState, error) {
+	var rs runscState
+	data, err := os.ReadFile(stateFile(root, id))
+	if err == nil {
+		err = json.Unmarshal(data, &rs)
+	}
+	if err != nil {
+		return rs, fmt.Errorf("read runsc's state: %w", err)
+	}
+	return rs, nil
+}
+
+// identify records the processes that runsc started.
+func (r *Runtime) identify(cfg runtime.Config, initSize int64) (state, error) {
+	rs, err := readRunscState(r.cfg.Root, cfg.ID)
+	if err != nil {
+		return state{}, err
+	}
+	res := cfg.Resources
+	st := state{Dir: cfg.Dir, MemoryMiB: res.MemoryMiB, DiskMiB: res.DiskMiB, PIDs: res.PIDs, Version: r.version, Init: initSize}
+	// A process that has ended already is left zero; opening it says so.
+	st.Engine, _ = identify(rs.Sandbox.PID)
+	st.Gofer, _ = identify(rs.GoferPID)
+	return st, nil
+}
