@@ -122,6 +122,16 @@ func harness(t *testing.T, root string) runtimetest.Harness {
 				t.Fatal(err)
 			}
 		},
+		Corrupt: func(t *testing.T, image runtime.Image) {
+			f, err := os.OpenFile(filepath.Join(image.Dir, "checkpoint.img"), os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.WriteAt(make([]byte, 1<<12), 1<<14); err != nil {
+				t.Fatal(err)
+			}
+		},
 		Leftovers: func(t *testing.T, id sandbox.ID) []string { return leftovers(t, root, string(id)) },
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -19,8 +20,12 @@ import (
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// guestPort is where testguest listens.
-const guestPort = 8080
+// Where testguest listens.
+const (
+	guestPort = 8080
+	sidePort  = 8081 // a child of init
+	echoPort  = 8082 // lines come back
+)
 
 // buildGuest builds testguest into dir and returns its path.
 func buildGuest(t *testing.T, dir string) string {
@@ -41,7 +46,10 @@ func makeRootFS(t *testing.T, dir string) string {
 			t.Fatal(err)
 		}
 	}
-	for name, content := range map[string]string{runtime.GuestInitPath: "", "/etc/os-release": "ID=template\n", "/etc/hosts": "the template's\n"} {
+	for name, content := range map[string]string{
+		runtime.GuestInitPath: "", "/etc/os-release": "ID=template\n", "/etc/hosts": "the template's\n",
+		"/etc/unwanted": "", "/etc/old": "old\n",
+	} {
 		if err := os.WriteFile(filepath.Join(root, name), []byte(content), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -73,6 +81,23 @@ func (s *suite) start(t *testing.T, change ...func(*runtime.Config)) *guest {
 		f(&cfg)
 	}
 	inst, err := s.Runtime.Create(t.Context(), cfg)
+	return s.started(t, cfg, inst, err)
+}
+
+// restore makes another instance of an image.
+func (s *suite) restore(t *testing.T, image runtime.Image, change ...func(*runtime.Config)) *guest {
+	t.Helper()
+	cfg := s.config(t)
+	for _, f := range change {
+		f(&cfg)
+	}
+	inst, err := s.Runtime.Restore(t.Context(), cfg, image)
+	return s.started(t, cfg, inst, err)
+}
+
+// started waits until the guest of a new instance answers, and sees to its end.
+func (s *suite) started(t *testing.T, cfg runtime.Config, inst runtime.Instance, err error) *guest {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +145,7 @@ func (g *guest) call(ctx context.Context, method, path string, query url.Values,
 		case <-ctx.Done():
 		}
 	}()
-	u := fmt.Sprintf("http://%s:%d%s?%s", g.cfg.Slot.HostAddr, guestPort, path, query.Encode())
+	u := fmt.Sprintf("http://%s%s?%s", g.addr(guestPort), path, query.Encode())
 	req, err := http.NewRequestWithContext(ctx, method, u, strings.NewReader(body))
 	if err != nil {
 		return "", err
@@ -135,6 +160,11 @@ func (g *guest) call(ctx context.Context, method, path string, query url.Values,
 		err = errors.New(strings.TrimSpace(string(text)))
 	}
 	return string(text), err
+}
+
+// addr is where the host reaches a port of the guest's.
+func (g *guest) addr(port uint16) string {
+	return netip.AddrPortFrom(g.cfg.Slot.HostAddr, port).String()
 }
 
 func (g *guest) must(t *testing.T, method, path string, query url.Values, body string) string {

@@ -34,6 +34,9 @@ type Harness struct {
 	// KillEngine ends, as kill -9 would, the process that is the sandbox's kernel.
 	KillEngine func(t *testing.T, inst runtime.Instance)
 
+	// Corrupt changes what is in an image of memory without changing a file's size.
+	Corrupt func(t *testing.T, image runtime.Image)
+
 	// Leftovers names every process, mount, cgroup and file that is on the host
 	// because of this id, files in Config.Dir left out.
 	Leftovers func(t *testing.T, id sandbox.ID) []string
@@ -72,6 +75,21 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"an instance that has ended is not adopted", testAdoptEnded},
 		{"an instance is discarded without its state", testDiscard},
 		{"many instances come and go at once", testConcurrent},
+		{"what the guest had in memory goes on from an image", testMemoryImage},
+		{"an instance goes on after its snapshot and so do its connections", testSnapshotGoesOn},
+		{"connections of the image are closed in what is made of it", testConnectionsClosed},
+		{"instances of one image are independent", testCopies},
+		{"images of images of images work", testGenerations},
+		{"a paused instance does nothing until it is resumed", testPause},
+		{"a paused instance is adopted and resumed", testAdoptPaused},
+		{"an instance made from an image is adopted", testAdoptRestored},
+		{"a guest that has nearly all its memory in use is restored", testFullMemoryImage},
+		{"an image of files boots anew with them", testFilesImage},
+		{"a cancelled restore leaves nothing", testRestoreCancelled},
+		{"a restore that cannot work leaves nothing", testRestoreFails},
+		{"a damaged image is refused", testDamagedImage},
+		{"a snapshot on a full disk is refused and the instance goes on", testDiskFull},
+		{"an engine killed during a snapshot is told", testKilledDuringSnapshot},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			test.run(t, &suite{Harness: open(t), init: init, rootfs: makeRootFS(t, t.TempDir())})

@@ -17,8 +17,12 @@ import (
 	"time"
 )
 
-// Port is where the guest listens; the suite dials it.
-const port = 8080
+// Where the guest listens; the suite dials these.
+const (
+	port     = 8080
+	sidePort = 8081 // a child of init, after POST /side
+	echoPort = 8082 // plain TCP: lines come back
+)
 
 func main() {
 	switch arg := strings.Join(os.Args[1:], " "); arg {
@@ -26,6 +30,10 @@ func main() {
 		select {} // ends only with the sandbox
 	case "bomb":
 		bomb()
+	case "side":
+		serveSide()
+	case "terminal":
+		answerLines(os.Stdin, os.Stdout)
 	default:
 		serve(arg)
 	}
@@ -44,6 +52,8 @@ func serve(greeting string) {
 	mux.HandleFunc("POST /spawn", spawn)
 	mux.HandleFunc("POST /bomb", func(http.ResponseWriter, *http.Request) { go bomb() })
 	mux.HandleFunc("POST /burn", burn)
+	addState(mux)
+	addFiles(mux)
 	mux.HandleFunc("POST /exit", func(_ http.ResponseWriter, r *http.Request) { os.Exit(number(r, "code")) })
 	log.Fatal(http.ListenAndServe(":"+strconv.Itoa(port), mux))
 }
