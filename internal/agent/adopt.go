@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -14,9 +15,9 @@ import (
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// adoptAll goes through the journal: what runs is taken over, everything else
-// is freed and remembered with its reason. It runs before the slots are opened,
-// which then frees every slot that is not in use.
+// adoptAll goes through the journal: what runs or is paused is taken over,
+// everything else is freed and remembered with its reason. It runs before the slots
+// are opened, which then frees every slot that is not in use.
 func (a *Agent) adoptAll(ctx context.Context) ([]*managed, error) {
 	records, err := loadRecords(a.sandboxesDir())
 	if err != nil {
@@ -42,7 +43,10 @@ func (a *Agent) adoptAll(ctx context.Context) ([]*managed, error) {
 			return nil
 		})
 	}
-	return adopted, g.Wait()
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	return adopted, a.discardStrays(ctx, adopted)
 }
 
 // adopt takes over one sandbox, or frees it and returns nil.
@@ -50,24 +54,47 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 	m := newManaged(rec, a.sandboxDir(rec.ID))
 	end, reason := sandbox.Failed, "the host agent was restarted while the sandbox was being started"
 	switch rec.State {
-	case sandbox.Running:
-		inst, err := a.cfg.Runtime.Adopt(ctx, rec.ID, rec.RuntimeState)
+	case sandbox.Running, sandbox.Pausing:
+		// A pause that did not get to its end is undone, if there is what to go
+		// on with.
+		u := &unit{id: rec.Instance, dir: a.instanceDir(rec.Instance)}
+		inst, err := a.cfg.Runtime.Adopt(ctx, rec.Instance, rec.RuntimeState)
 		switch {
 		case err == nil:
-			m.inst = inst
-			return m, nil
+			u.inst = inst
+			if err := inst.Resume(ctx); err != nil { // it may have been frozen, to be paused
+				a.log.Warn("sandbox does not go on", "sandbox", rec.ID, "err", err)
+				reason = "it did not go on after the host agent was restarted while it was being paused"
+				if err := inst.Stop(ctx); err != nil {
+					return nil, err
+				}
+				break
+			}
+			m.unit = u
+			if rec.State == sandbox.Pausing {
+				err = m.setState(sandbox.Running)
+			}
+			return m, errors.Join(err, removeImage(m.imageDir()))
 		case errors.Is(err, sandbox.ErrNotFound):
 			reason = "the sandbox ended while the host agent was down"
+			if rec.State == sandbox.Pausing && a.wasPaused(m) {
+				return m, nil
+			}
 		case errors.Is(err, sandbox.ErrInvalid):
 			// It may be running, but nobody would know its end or its network.
 			reason = "the host agent's record of it was damaged"
 		default:
 			return nil, err
 		}
+	case sandbox.Paused, sandbox.Resuming:
+		if a.wasPaused(m) {
+			return m, nil
+		}
+		reason = "its image is gone"
 	case sandbox.Stopping:
 		end, reason = sandbox.Stopped, "it was killed"
 	}
-	if err := a.cfg.Runtime.Discard(ctx, rec.ID, rec.RuntimeState); err != nil {
+	if err := a.cfg.Runtime.Discard(ctx, rec.ID, nil); err != nil { // of a version that had no instances
 		return nil, err
 	}
 	if err := os.RemoveAll(m.dir); err != nil {
@@ -78,21 +105,71 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 	return nil, nil
 }
 
+// wasPaused reports whether there is an image to go on from, be it one that this
+// engine refuses: whoever wants to resume the sandbox is told why. What a resume
+// that was cut off has made is freed as a stray.
+func (a *Agent) wasPaused(m *managed) bool {
+	if _, err := openImage(m.imageDir(), a.cfg.Runtime); errors.Is(err, sandbox.ErrNotFound) {
+		return false
+	}
+	err := m.setState(sandbox.Paused, func(r *record) { r.Instance, r.Slot, r.RuntimeState = "", 0, nil })
+	if err != nil {
+		a.log.Warn("journal sandbox as paused", "sandbox", m.id, "err", err) // the next start comes to the same
+	}
+	return true
+}
+
+// discardStrays frees every instance that no sandbox runs in: of the pool, of what
+// was being started or freed when the agent was killed.
+func (a *Agent) discardStrays(ctx context.Context, adopted []*managed) error {
+	used := make(map[sandbox.ID]bool, len(adopted))
+	for _, m := range adopted {
+		if m.unit != nil {
+			used[m.unit.id] = true
+		}
+	}
+	entries, err := os.ReadDir(a.instancesDir())
+	if err != nil {
+		return fmt.Errorf("list instances: %w", err)
+	}
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, e := range entries {
+		id, err := sandbox.ParseID(e.Name())
+		if err != nil || used[id] {
+			continue
+		}
+		g.Go(func() error {
+			if err := a.cfg.Runtime.Discard(ctx, id, nil); err != nil {
+				return err
+			}
+			return os.RemoveAll(filepath.Join(a.instancesDir(), e.Name()))
+		})
+	}
+	return g.Wait()
+}
+
 // takeOver puts an adopted sandbox under supervision. Its access token is not
 // known until the control plane gives it again.
 func (a *Agent) takeOver(m *managed) {
+	a.mu.Lock()
+	a.sandboxes[m.id] = m
+	a.mu.Unlock()
+	if m.unit == nil {
+		a.log.Info("took over paused sandbox", "sandbox", m.id)
+		return
+	}
 	slot, ok := a.slots.Adopted(m.rec.Slot)
 	if !ok {
+		m.life.Lock()
+		defer m.life.Unlock()
 		if err := a.teardown(m, sandbox.Failed, "its network was lost while the host agent was down", false); err != nil {
 			a.log.Error("free sandbox without network", "sandbox", m.id, "err", err)
 		}
 		return
 	}
-	m.slot = slot
-	m.serving(slot.HostAddr, guest.NewClient(slot.HostAddr, ""))
-	a.mu.Lock()
-	a.sandboxes[m.id] = m
-	a.mu.Unlock()
-	a.wg.Go(func() { a.monitor(m, m.inst) })
+	m.unit.slot, m.unit.guest = slot, guest.NewClient(slot.HostAddr, "")
+	m.serving(m.unit)
+	a.wg.Go(func() { a.monitor(m, m.unit) })
 	a.log.Info("took over running sandbox", "sandbox", m.id, "slot", slot.Index)
 }

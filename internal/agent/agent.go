@@ -28,7 +28,8 @@ type Config struct {
 	Templates string          // directory of template builds
 	Runtime   runtime.Runtime // makes the instances
 	Network   network.Config  // for the pool of slots, which the agent owns
-	GuestInit string          // path of the guest agent's binary
+	GuestInit string          // path of the guest agent's binary; those of earlier builds are beside it
+	Pool      int64           // bytes of memory for instances that wait for a sandbox; 0: none do
 	Log       *slog.Logger
 }
 
@@ -39,10 +40,13 @@ type Agent struct {
 	slots *network.Pool
 	ended *obituaries
 	data  *proxy.Proxy
+	pool  *pool
 
 	ctx    context.Context // ends when the agent does
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // monitors, the collector and creates under way
+	wg     sync.WaitGroup // monitors, the collector, the pool and transitions under way
+
+	freeing sync.WaitGroup // units being freed in the background
 
 	mu        sync.Mutex
 	closed    bool
@@ -66,8 +70,12 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 		sandboxes: make(map[sandbox.ID]*managed),
 	}
 	a.data = proxy.New(proxy.Config{Resolver: guests{a}, Hop: true, Log: a.log})
-	if err := os.MkdirAll(a.sandboxesDir(), 0o700); err != nil {
-		return nil, fmt.Errorf("make agent directory: %w", err)
+	a.pool = newPool(a, cfg.Pool)
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	for _, dir := range []string{a.sandboxesDir(), a.instancesDir(), a.imagesDir(), a.pool.dir()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("make agent directory: %w", err)
+		}
 	}
 	adopted, err := a.adoptAll(ctx)
 	if err != nil {
@@ -75,16 +83,21 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	inUse := make([]int, 0, len(adopted))
 	for _, m := range adopted {
-		inUse = append(inUse, m.rec.Slot)
+		if m.unit != nil {
+			inUse = append(inUse, m.rec.Slot)
+		}
+	}
+	if err := errors.Join(a.sweepImages(), a.pool.sweep()); err != nil {
+		return nil, err
 	}
 	if a.slots, err = network.Open(ctx, cfg.Network, inUse); err != nil {
 		return nil, fmt.Errorf("prepare network slots: %w", err)
 	}
-	a.ctx, a.cancel = context.WithCancel(context.Background())
 	for _, m := range adopted {
 		a.takeOver(m)
 	}
 	a.wg.Go(a.collect)
+	a.wg.Go(func() { a.pool.run(a.ctx) })
 	return a, nil
 }
 
@@ -92,6 +105,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 func (a *Agent) Detach(ctx context.Context) error {
 	a.close()
 	a.wg.Wait()
+	a.freeing.Wait()
 	for _, m := range a.list() {
 		if _, _, c := m.status(); c != nil {
 			c.Close()
@@ -100,16 +114,21 @@ func (a *Agent) Detach(ctx context.Context) error {
 	return a.slots.Close(ctx)
 }
 
-// Shutdown ends every sandbox, frees all that the agent holds, and ends it.
+// Shutdown ends every sandbox that runs, frees all that the agent holds, and ends
+// it. Paused sandboxes and snapshots stay: they hold nothing but room on the disk.
 func (a *Agent) Shutdown(ctx context.Context) error {
 	a.close()
 	var g errgroup.Group
 	g.SetLimit(8)
 	for _, m := range a.list() {
+		if rec, _, _ := m.status(); rec.State == sandbox.Paused {
+			continue
+		}
 		g.Go(func() error { return a.stop(m, "the platform was shut down") })
 	}
 	err := g.Wait()
 	a.wg.Wait()
+	a.freeing.Wait()
 	return errors.Join(err, a.slots.Close(ctx))
 }
 
@@ -122,8 +141,21 @@ func (a *Agent) close() {
 	a.cancel()
 	a.data.Close()
 	for _, m := range a.sandboxes {
+		m.mu.Lock()
 		m.cancel()
+		m.mu.Unlock()
 	}
+}
+
+// enter registers work that the agent's end waits for. The caller calls wg.Done.
+func (a *Agent) enter() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return sandbox.Errorf(sandbox.ErrUnavailable, "the host is shutting down; try again in a moment")
+	}
+	a.wg.Add(1)
+	return nil
 }
 
 func (a *Agent) sandboxesDir() string { return filepath.Join(a.cfg.Dir, "sandboxes") }

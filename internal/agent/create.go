@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -26,6 +27,14 @@ const (
 	reservedDisk   = 1 << 30   // bytes
 )
 
+// What a sandbox was started from, for logs and metrics.
+const (
+	fromPool     = "pool"     // an instance of the template that was ready
+	fromImage    = "image"    // the template's memory image
+	fromBoot     = "boot"     // the template, booted
+	fromSnapshot = "snapshot" // an image that the caller named
+)
+
 type createRequest struct {
 	id             sandbox.ID
 	templateID     string
@@ -36,18 +45,21 @@ type createRequest struct {
 	envVars        map[string]string
 	defaultUser    string
 	defaultWorkdir string
+	imageID        sandbox.ID // empty: start from the template
+	imageToken     string     // that the guest agent in the image has
+	start          string     // "", fromImage or fromBoot; see the RPC
 }
 
-// create makes a sandbox and returns it once its guest agent serves. On failure
-// nothing is left.
-func (a *Agent) create(ctx context.Context, req createRequest) (_ *managed, err error) {
-	// Runtimes refuse to mount through links, which the operator may have made.
-	rootfs, err := filepath.EvalSymlinks(filepath.Join(a.cfg.Templates, req.buildID, "rootfs"))
-	if fi, serr := os.Stat(rootfs); err != nil || serr != nil || !fi.IsDir() {
-		return nil, sandbox.Errorf(sandbox.ErrNotFound, "template build %q is not on this host", req.buildID)
+// create makes a sandbox and returns it once its guest agent serves, with what it
+// was started from. On failure nothing is left.
+func (a *Agent) create(ctx context.Context, req createRequest) (_ *managed, from string, err error) {
+	began := time.Now()
+	rootfs, err := a.rootfs(req.buildID)
+	if err != nil {
+		return nil, "", err
 	}
 	if err := a.admit(); err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, createLimit,
 		sandbox.Errorf(sandbox.ErrUnavailable, "the sandbox did not come up in %s; the host may be overloaded", createLimit))
@@ -56,17 +68,18 @@ func (a *Agent) create(ctx context.Context, req createRequest) (_ *managed, err 
 	m := newManaged(record{
 		ID: req.id, State: sandbox.Starting,
 		TemplateID: req.templateID, BuildID: req.buildID, Resources: req.resources,
-		Runtime: a.cfg.Runtime.Name(), Created: time.Now(),
+		DefaultUser: req.defaultUser, DefaultWorkdir: req.defaultWorkdir, AllowInternet: req.policy.AllowInternet,
+		GuestInit: filepath.Base(a.cfg.GuestInit), Runtime: a.cfg.Runtime.Name(), Created: began,
 	}, a.sandboxDir(req.id))
 	m.cancel = cancel
 	m.life.Lock()
+	defer m.life.Unlock()
 	if err := a.add(m); err != nil {
-		m.life.Unlock()
-		return nil, err
+		return nil, "", err
 	}
 	defer a.wg.Done()
-	err = a.build(ctx, m, req, rootfs)
-	m.life.Unlock()
+	defer a.pool.busy()()
+	from, err = a.build(ctx, m, req, rootfs)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = errors.Join(cause, err)
@@ -74,97 +87,176 @@ func (a *Agent) create(ctx context.Context, req createRequest) (_ *managed, err 
 		if terr := a.teardown(m, sandbox.Failed, "it could not be started", false); terr != nil {
 			a.log.Error("undo failed create", "sandbox", m.id, "err", terr)
 		}
-		return nil, fmt.Errorf("create sandbox %s: %w", req.id, err)
+		return nil, "", fmt.Errorf("create sandbox %s: %w", req.id, err)
 	}
-	a.log.Info("sandbox started", "sandbox", m.id, "build", req.buildID, "took", time.Since(m.rec.Created), "of_that_engine", m.engineTook)
-	return m, nil
+	a.pool.started(from)
+	a.log.Info("sandbox started", "sandbox", m.id, "build", req.buildID, "from", from, "took", time.Since(began), "of_that_engine", m.unit.engineTook)
+	return m, from, nil
 }
 
-// build makes the parts of m in order. What it has made is in m, for teardown.
-func (a *Agent) build(ctx context.Context, m *managed, req createRequest, rootfs string) (err error) {
-	m.slot, err = a.slots.Acquire(ctx, req.policy)
-	if errors.Is(err, network.ErrNoFreeSlot) {
-		return sandbox.Errorf(sandbox.ErrExhausted, "every network address is taken; kill sandboxes that are not needed, or start the platform with a larger --network-cidr")
+// rootfs is the root filesystem of a template build.
+func (a *Agent) rootfs(buildID string) (string, error) {
+	// Runtimes refuse to mount through links, which the operator may have made.
+	path, err := filepath.EvalSymlinks(filepath.Join(a.cfg.Templates, buildID, "rootfs"))
+	if fi, serr := os.Stat(path); err != nil || serr != nil || !fi.IsDir() {
+		return "", sandbox.Errorf(sandbox.ErrNotFound, "template build %q is not on this host", buildID)
 	}
-	if err != nil {
-		return fmt.Errorf("acquire network slot: %w", err)
-	}
-	m.mu.Lock()
-	m.rec.Slot = m.slot.Index
-	m.mu.Unlock()
+	return path, nil
+}
+
+// build makes what m is, in order, and journals it. The caller holds m.life and
+// tears m down when it fails.
+func (a *Agent) build(ctx context.Context, m *managed, req createRequest, rootfs string) (from string, err error) {
 	if err := os.Mkdir(m.dir, 0o700); err != nil {
-		return fmt.Errorf("make sandbox directory: %w", err)
+		return "", fmt.Errorf("make sandbox directory: %w", err)
 	}
 	if err := m.setState(sandbox.Starting); err != nil {
-		return err
+		return "", err
 	}
-	if err := m.slot.Prepare(); err != nil {
-		return fmt.Errorf("prepare network slot: %w", err)
-	}
-	begin := time.Now()
-	m.inst, err = a.cfg.Runtime.Create(ctx, runtime.Config{
-		ID: m.id, RootFS: rootfs, Dir: m.dir,
-		GuestInit: a.cfg.GuestInit,
-		Slot:      m.slot, Hostname: string(m.id), Resources: req.resources,
-	})
-	if err != nil {
-		return fmt.Errorf("start runtime: %w", err)
-	}
-	m.engineTook = time.Since(begin)
-	client := guest.NewClient(m.slot.HostAddr, req.accessToken)
-	m.serving(m.slot.HostAddr, client)
-	version, err := a.announce(ctx, m.inst, client, req)
-	if err != nil {
-		return err
-	}
-	m.mu.Lock()
-	m.rec.EnvdVersion = version
-	m.rec.RuntimeState = m.inst.State()
-	m.mu.Unlock()
-	if err := m.setState(sandbox.Running); err != nil {
-		return err
-	}
-	a.wg.Go(func() { a.monitor(m, m.inst) })
-	return nil
-}
-
-// announce tells the guest agent who it is, as soon as it answers, and gives up
-// when the instance ends instead.
-func (a *Agent) announce(ctx context.Context, inst runtime.Instance, c *guest.Client, req createRequest) (string, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	watched := make(chan struct{})
-	defer func() { cancel(nil); <-watched }()
-	go func() {
-		defer close(watched)
-		select {
-		case <-inst.Done():
-			cancel(sandbox.Errorf(sandbox.ErrUnavailable, "the sandbox ended while it was starting: %s", inst.Exit().Reason))
-		case <-ctx.Done():
-		}
-	}()
-	version, err := c.Init(ctx, guest.InitRequest{
+	init := guest.InitRequest{
 		AccessToken: req.accessToken, EnvVars: req.envVars, Timestamp: time.Now(),
 		DefaultUser: req.defaultUser, DefaultWorkdir: req.defaultWorkdir,
 		SandboxID: string(req.id), TemplateID: req.templateID,
+	}
+	o := origin{
+		rootfs: rootfs, guestInit: a.cfg.GuestInit, resources: req.resources, policy: req.policy,
+	}
+	if req.imageID != "" {
+		return fromSnapshot, a.startFromImage(ctx, m, a.imageDir(req.imageID), req.imageToken, o, init, false)
+	}
+	key := shelfKey{build: req.buildID, resources: req.resources}
+	if req.start == "" && req.policy.AllowInternet {
+		if u := a.pool.take(key); u != nil {
+			if err = a.run(ctx, m, u, init); err == nil || ctx.Err() != nil {
+				return fromPool, err
+			}
+			a.log.Warn("a ready instance could not be used", "instance", u.id, "err", err)
+		}
+	}
+	if req.start != fromBoot {
+		if im, ok := a.pool.image(key); ok {
+			o.image = im.runtime()
+			if err = a.runNew(ctx, m, o, init); err == nil || ctx.Err() != nil {
+				return fromImage, err
+			}
+			a.log.Warn("a template's memory image could not be used", "build", req.buildID, "err", err)
+			if errors.Is(err, sandbox.ErrInvalid) {
+				a.pool.discardImage(key)
+			}
+			o.image = runtime.Image{}
+		}
+	}
+	return fromBoot, a.runNew(ctx, m, o, init)
+}
+
+// startFromImage starts m from an image, or with boot from the files that are in
+// it. The caller holds m.life.
+func (a *Agent) startFromImage(ctx context.Context, m *managed, dir, token string, o origin, init guest.InitRequest, boot bool) error {
+	im, err := openImage(dir, a.cfg.Runtime)
+	if err != nil {
+		return err
+	}
+	o.resources, o.guestInit = im.Resources, filepath.Join(filepath.Dir(a.cfg.GuestInit), im.GuestInit)
+	o.image, o.token = im.runtime(), token
+	switch {
+	case im.Kind == runtime.ImageFiles:
+		o.guestInit, o.token = a.cfg.GuestInit, "" // it boots: what is in the image knows no guest agent
+		init.EnvVars = over(im.EnvVars, init.EnvVars)
+	case boot:
+		if o, err = a.filesOf(ctx, m, o); err != nil {
+			return err
+		}
+		defer os.RemoveAll(o.image.Dir)
+		init.EnvVars = over(im.EnvVars, init.EnvVars)
+	case len(init.EnvVars) > 0:
+		init.EnvVars = over(im.EnvVars, init.EnvVars)
+	default:
+		init.EnvVars = nil // the guest agent has them
+	}
+	m.mu.Lock()
+	m.rec.Resources, m.rec.GuestInit = o.resources, filepath.Base(o.guestInit)
+	m.mu.Unlock()
+	return a.runNew(ctx, m, o, init)
+}
+
+// filesOf makes of the origin of an image with memory one of its files alone.
+func (a *Agent) filesOf(ctx context.Context, m *managed, o origin) (origin, error) {
+	u, err := a.startUnit(ctx, o)
+	if err != nil {
+		return o, err
+	}
+	defer a.release(u)
+	files := runtime.Image{Dir: filepath.Join(m.dir, "files"), Kind: runtime.ImageFiles}
+	if err := errors.Join(os.RemoveAll(files.Dir), os.Mkdir(files.Dir, 0o700)); err != nil {
+		return o, fmt.Errorf("make image directory: %w", err)
+	}
+	if err := u.inst.Snapshot(ctx, files, true); err != nil {
+		return o, errors.Join(err, os.RemoveAll(files.Dir))
+	}
+	o.image, o.token, o.guestInit = files, "", a.cfg.GuestInit
+	return o, nil
+}
+
+// runNew starts an instance and lets m run in it.
+func (a *Agent) runNew(ctx context.Context, m *managed, o origin, init guest.InitRequest) error {
+	u, err := a.startUnit(ctx, o)
+	if err != nil {
+		return err
+	}
+	return a.run(ctx, m, u, init)
+}
+
+// run lets m run in u, which it takes over: on failure u is freed. The caller
+// holds m.life.
+func (a *Agent) run(ctx context.Context, m *managed, u *unit, init guest.InitRequest) (err error) {
+	defer func() {
+		if err != nil {
+			m.unit = nil
+			m.silent()
+			a.release(u)
+		}
+	}()
+	init.Timestamp = time.Now()
+	version, err := u.announce(ctx, init)
+	if err != nil {
+		return err
+	}
+	m.unit = u
+	m.serving(u)
+	err = m.setState(sandbox.Running, func(r *record) {
+		r.EnvdVersion, r.Instance, r.Slot, r.RuntimeState = version, u.id, u.slot.Index, u.inst.State()
 	})
 	if err != nil {
-		return "", errors.Join(context.Cause(ctx), err)
+		return err
 	}
-	return version, nil
+	a.wg.Go(func() { a.monitor(m, u) })
+	return nil
+}
+
+// over is the union of two environments, in which the second wins.
+func over(env, wins map[string]string) map[string]string {
+	all := make(map[string]string, len(env)+len(wins))
+	maps.Copy(all, env)
+	maps.Copy(all, wins)
+	return all
 }
 
 // admit refuses a new sandbox when the host has nothing left to give.
 func (a *Agent) admit() error {
 	if free, err := availableMemory(); err == nil && free < reservedMemory {
-		return sandbox.Errorf(sandbox.ErrExhausted, "the host is out of memory (%d MiB left); kill sandboxes that are not needed", free>>20)
+		return sandbox.Errorf(sandbox.ErrExhausted, "the host is out of memory (%d MiB left); kill or pause sandboxes that are not needed", free>>20)
 	}
+	return a.admitDisk()
+}
+
+// admitDisk refuses what would fill the disk.
+func (a *Agent) admitDisk() error {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(a.cfg.Dir, &fs); err != nil {
 		return fmt.Errorf("measure free disk: %w", err)
 	}
 	if free := int64(fs.Bavail) * fs.Bsize; free < reservedDisk {
-		return sandbox.Errorf(sandbox.ErrExhausted, "the host's disk is full (%d MiB left under %s)", free>>20, a.cfg.Dir)
+		return sandbox.Errorf(sandbox.ErrExhausted, "the host's disk is full (%d MiB left under %s); delete snapshots, or kill sandboxes that are not needed", free>>20, a.cfg.Dir)
 	}
 	return nil
 }

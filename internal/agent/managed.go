@@ -2,38 +2,34 @@ package agent
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
 	"github.com/wrenn/wrenn/internal/guest"
 	"github.com/wrenn/wrenn/internal/network"
-	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// managed is one sandbox that the agent owns.
+// managed is one sandbox that the agent owns: running, paused, or between.
 type managed struct {
-	id     sandbox.ID
-	dir    string
-	cancel context.CancelFunc // stops a Create that is under way
-	gone   chan struct{}      // closed when all is freed
+	id   sandbox.ID
+	dir  string        // its journal, and its image while it is paused
+	gone chan struct{} // closed when all is freed
 
-	// life is held while the sandbox is made or torn down. Lock order: life
-	// before mu, and neither while Agent.mu is held.
+	// life is held while the sandbox goes from one state to another, and while it
+	// is torn down. Lock order: life before mu, and neither while Agent.mu is held.
 	life sync.Mutex
-	slot *network.Slot    // nil once released
-	inst runtime.Instance // nil before it is made
+	unit *unit // nil while it is paused and before it is made
 	torn bool
-
-	engineTook time.Duration // to start the runtime; for the log
 
 	mu      sync.Mutex // guards what follows
 	rec     record
-	addr    netip.Addr // where the host reaches the guest; invalid before it serves
+	cancel  context.CancelFunc // gives up what is under way
+	ending  bool               // stop was called: nothing new begins
+	addr    netip.Addr         // where the host reaches the guest; invalid unless it serves
 	guest   *guest.Client
 	samples series
 	logs    logBuffer
@@ -49,19 +45,44 @@ func newManaged(rec record, dir string) *managed {
 	}
 }
 
-// setState journals a new state before or after the act it stands for.
-func (m *managed) setState(s sandbox.State) error {
+func (m *managed) imageDir() string { return filepath.Join(m.dir, "image") }
+
+// setState journals a new state before or after the act it stands for, with what
+// else the record is to say then.
+func (m *managed) setState(s sandbox.State, change ...func(*record)) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.rec.State = s
+	for _, f := range change {
+		f(&m.rec)
+	}
+	m.rec.State, m.rec.Changed = s, time.Now()
 	return m.rec.save(m.dir)
 }
 
-// serving notes where the guest agent answers.
-func (m *managed) serving(addr netip.Addr, c *guest.Client) {
+// serving notes the unit that the sandbox runs in now.
+func (m *managed) serving(u *unit) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.addr, m.guest = addr, c
+	m.addr, m.guest = u.slot.HostAddr, u.guest
+}
+
+// silent notes that there is nobody to talk to.
+func (m *managed) silent() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.addr, m.guest = netip.Addr{}, nil
+}
+
+// begin makes what is about to be done something that stop can break off. The
+// error says that the sandbox is ending.
+func (m *managed) begin(cancel context.CancelFunc) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ending {
+		return sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is being stopped", m.id)
+	}
+	m.cancel = cancel
+	return nil
 }
 
 // status is what others may know of m.
@@ -71,77 +92,74 @@ func (m *managed) status() (rec record, addr netip.Addr, c *guest.Client) {
 	return m.rec, m.addr, m.guest
 }
 
-// stop ends a sandbox because somebody asked for it. It waits for a Create
-// under way to give up, and for a teardown under way to finish.
+func (m *managed) policy() network.Policy { return network.Policy{AllowInternet: m.rec.AllowInternet} }
+
+// stop ends a sandbox because somebody asked for it. It waits for what is under
+// way to give up, and for a teardown under way to finish.
 func (a *Agent) stop(m *managed, reason string) error {
-	m.cancel()
+	m.mu.Lock()
+	m.ending = true
+	cancel := m.cancel
+	m.mu.Unlock()
+	cancel()
 	a.pullLogs(m, 50*time.Millisecond)
+	m.life.Lock()
+	defer m.life.Unlock()
 	return a.teardown(m, sandbox.Stopped, reason, false)
 }
 
 // monitor waits for the end of an instance that nobody asked for.
-func (a *Agent) monitor(m *managed, inst runtime.Instance) {
+func (a *Agent) monitor(m *managed, u *unit) {
 	select {
 	case <-m.gone:
+		return
 	case <-a.ctx.Done():
-	case <-inst.Done():
-		for {
-			err := a.teardown(m, sandbox.Failed, inst.Exit().Reason, true)
-			if err == nil {
-				return
-			}
-			// Nobody else comes for it: to all others it is running until it is freed.
-			a.log.Error("free ended sandbox", "sandbox", m.id, "err", err, "retry_in", teardownRetry)
-			select {
-			case <-m.gone:
-				return
-			case <-a.ctx.Done():
-				return
-			case <-time.After(teardownRetry):
-			}
+		return
+	case <-u.inst.Done():
+	}
+	for {
+		m.life.Lock()
+		if m.unit != u { // it was paused, or is gone: this is what was asked for
+			m.life.Unlock()
+			return
+		}
+		err := a.teardown(m, sandbox.Failed, u.inst.Exit().Reason, true)
+		m.life.Unlock()
+		if err == nil {
+			return
+		}
+		// Nobody else comes for it: to all others it is running until it is freed.
+		a.log.Error("free ended sandbox", "sandbox", m.id, "err", err, "retry_in", teardownRetry)
+		select {
+		case <-m.gone:
+			return
+		case <-a.ctx.Done():
+			return
+		case <-time.After(teardownRetry):
 		}
 	}
 }
 
 // teardown frees all that m holds, once; further calls do nothing. When a part
-// fails the rest is freed all the same, m stays listed as Stopping and the next
-// call tries again.
+// fails m stays listed as Stopping and the next call tries again. The caller holds
+// m.life.
 func (a *Agent) teardown(m *managed, end sandbox.State, reason string, announce bool) error {
-	m.life.Lock()
-	defer m.life.Unlock()
 	if m.torn {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), teardownLimit)
-	defer cancel()
-
-	var errs []error
 	if err := m.setState(sandbox.Stopping); err != nil {
 		// A full disk must not keep a sandbox alive: the journal then says
 		// running, and the next agent finds it dead and frees the same things.
 		a.log.Warn("journal sandbox as stopping", "sandbox", m.id, "err", err)
 	}
 	a.data.Evict(string(m.id))
-	if _, _, c := m.status(); c != nil {
-		c.Close()
-	}
-	if m.inst != nil {
-		errs = append(errs, m.inst.Stop(ctx))
-	} else {
-		errs = append(errs, a.cfg.Runtime.Discard(ctx, m.id, m.rec.RuntimeState))
-	}
-	if m.slot != nil {
-		if err := a.slots.Release(ctx, m.slot); err != nil {
-			errs = append(errs, fmt.Errorf("release slot %d: %w", m.slot.Index, err))
-		} else {
-			m.slot = nil
+	if m.unit != nil {
+		if err := a.freeUnit(m.unit); err != nil {
+			return err
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("free sandbox %s: %w", m.id, err)
-	}
 	if err := os.RemoveAll(m.dir); err != nil {
-		return fmt.Errorf("free sandbox %s: %w", m.id, err)
+		return err
 	}
 	m.torn = true
 	a.ended.add(obituary{

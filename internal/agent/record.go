@@ -17,23 +17,32 @@ import (
 // written before each act and after its outcome. The access token is not in it;
 // the control plane gives it again.
 type record struct {
-	ID           sandbox.ID        `json:"id"`
-	State        sandbox.State     `json:"state"`
-	TemplateID   string            `json:"template_id"`
-	BuildID      string            `json:"build_id"`
-	Resources    sandbox.Resources `json:"resources"`
-	Slot         int               `json:"slot"`
-	Runtime      string            `json:"runtime"`
-	RuntimeState json.RawMessage   `json:"runtime_state,omitempty"`
-	EnvdVersion  string            `json:"envd_version,omitempty"`
-	Created      time.Time         `json:"created"`
+	ID             sandbox.ID        `json:"id"`
+	State          sandbox.State     `json:"state"`
+	TemplateID     string            `json:"template_id"`
+	BuildID        string            `json:"build_id"`
+	Resources      sandbox.Resources `json:"resources"`
+	DefaultUser    string            `json:"default_user,omitempty"`
+	DefaultWorkdir string            `json:"default_workdir,omitempty"`
+	AllowInternet  bool              `json:"allow_internet"`
+	GuestInit      string            `json:"guest_init"` // file name of the guest agent's binary in it
+	Runtime        string            `json:"runtime"`
+	EnvdVersion    string            `json:"envd_version,omitempty"`
+	Created        time.Time         `json:"created"`
+	Changed        time.Time         `json:"changed"`
+
+	// Of the instance that it runs in.
+	Instance     sandbox.ID      `json:"instance,omitempty"`
+	Slot         int             `json:"slot"`
+	RuntimeState json.RawMessage `json:"runtime_state,omitempty"`
 }
 
 const recordFile = "record.json"
 
 // save replaces the record in dir. It is durable against the death of this
-// process, which is what it is for: nothing survives the death of the host, and
-// a record torn by that is treated as one of a sandbox that never got to run.
+// process, and that of a paused sandbox also against the death of the host, which
+// nothing else survives: a record torn by that is treated as one of a sandbox that
+// never got to run.
 func (r record) save(dir string) error {
 	data, err := json.Marshal(r)
 	if err != nil {
@@ -43,8 +52,18 @@ func (r record) save(dir string) error {
 	if err := os.WriteFile(tmp, data, 0o600); err != nil {
 		return fmt.Errorf("write record of %s: %w", r.ID, err)
 	}
+	if r.State == sandbox.Paused {
+		if err := syncPath(tmp); err != nil {
+			return fmt.Errorf("write record of %s: %w", r.ID, err)
+		}
+	}
 	if err := os.Rename(tmp, filepath.Join(dir, recordFile)); err != nil {
 		return fmt.Errorf("write record of %s: %w", r.ID, err)
+	}
+	if r.State == sandbox.Paused {
+		if err := errors.Join(syncPath(dir), syncPath(filepath.Dir(dir))); err != nil {
+			return fmt.Errorf("write record of %s: %w", r.ID, err)
+		}
 	}
 	return nil
 }

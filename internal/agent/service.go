@@ -14,6 +14,7 @@ import (
 	"github.com/wrenn/wrenn/api/proto/hostagent/hostagentconnect"
 	"github.com/wrenn/wrenn/internal/guest"
 	"github.com/wrenn/wrenn/internal/network"
+	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -50,23 +51,126 @@ func (s *service) CreateSandbox(ctx context.Context, req *hostagent.CreateSandbo
 	if !buildIDPattern.MatchString(req.GetBuildId()) {
 		return nil, rpcError(sandbox.Errorf(sandbox.ErrInvalid, "malformed build id"))
 	}
-	m, err := s.agent.create(ctx, createRequest{
+	imageID, err := optionalID(req.GetImageId())
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	switch req.GetStart() {
+	case "", fromImage, fromBoot:
+	default:
+		return nil, rpcError(sandbox.Errorf(sandbox.ErrInvalid, "start: want nothing, image or boot"))
+	}
+	m, from, err := s.agent.create(ctx, createRequest{
 		id: id, templateID: req.GetTemplateId(), buildID: req.GetBuildId(),
-		resources: sandbox.Resources{
-			CPUs:      int(req.GetResources().GetCpus()),
-			MemoryMiB: req.GetResources().GetMemoryMib(),
-			DiskMiB:   req.GetResources().GetDiskMib(),
-			PIDs:      req.GetResources().GetPids(),
-		},
+		resources:   resources(req.GetResources()),
 		policy:      network.Policy{AllowInternet: req.GetAllowInternetAccess()},
 		accessToken: req.GetAccessToken(), envVars: req.GetEnvVars(),
 		defaultUser: req.GetDefaultUser(), defaultWorkdir: req.GetDefaultWorkdir(),
+		imageID: imageID, imageToken: req.GetImageAccessToken(), start: req.GetStart(),
 	})
 	if err != nil {
 		return nil, rpcError(err)
 	}
 	rec, addr, _ := m.status()
-	return &hostagent.CreateSandboxResponse{Address: addr.String(), EnvdVersion: rec.EnvdVersion}, nil
+	return &hostagent.CreateSandboxResponse{Address: addr.String(), EnvdVersion: rec.EnvdVersion, StartedFrom: from}, nil
+}
+
+func resources(r *hostagent.Resources) sandbox.Resources {
+	return sandbox.Resources{CPUs: int(r.GetCpus()), MemoryMiB: r.GetMemoryMib(), DiskMiB: r.GetDiskMib(), PIDs: r.GetPids()}
+}
+
+func optionalID(text string) (sandbox.ID, error) {
+	if text == "" {
+		return "", nil
+	}
+	return sandbox.ParseID(text)
+}
+
+// find returns the sandbox of that id, or sandbox.ErrNotFound.
+func (s *service) find(id string) (*managed, error) {
+	if m := s.agent.get(sandbox.ID(id)); m != nil {
+		return m, nil
+	}
+	return nil, sandbox.Errorf(sandbox.ErrNotFound, "there is no sandbox %s", id)
+}
+
+func (s *service) PauseSandbox(ctx context.Context, req *hostagent.PauseSandboxRequest) (*hostagent.PauseSandboxResponse, error) {
+	m, err := s.find(req.GetSandboxId())
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	kind := runtime.ImageMemory
+	if req.GetFilesOnly() {
+		kind = runtime.ImageFiles
+	}
+	size, err := s.agent.pause(ctx, m, kind)
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	return &hostagent.PauseSandboxResponse{ImageBytes: size}, nil
+}
+
+func (s *service) ResumeSandbox(ctx context.Context, req *hostagent.ResumeSandboxRequest) (*hostagent.ResumeSandboxResponse, error) {
+	m, err := s.find(req.GetSandboxId())
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	booted, err := s.agent.resume(ctx, m, req.GetAccessToken(), req.GetBoot())
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	rec, addr, _ := m.status()
+	return &hostagent.ResumeSandboxResponse{Address: addr.String(), EnvdVersion: rec.EnvdVersion, Booted: booted}, nil
+}
+
+func (s *service) SnapshotSandbox(ctx context.Context, req *hostagent.SnapshotSandboxRequest) (*hostagent.SnapshotSandboxResponse, error) {
+	id, err := sandbox.ParseID(req.GetImageId())
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	m, err := s.find(req.GetSandboxId())
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	im, err := s.agent.snapshot(ctx, m, id)
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	return &hostagent.SnapshotSandboxResponse{ImageBytes: im.bytes(), Kind: string(im.Kind)}, nil
+}
+
+func (s *service) DeleteImage(_ context.Context, req *hostagent.DeleteImageRequest) (*hostagent.DeleteImageResponse, error) {
+	id, err := sandbox.ParseID(req.GetImageId())
+	if err == nil {
+		err = removeImage(s.agent.imageDir(id))
+	}
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	return &hostagent.DeleteImageResponse{}, nil
+}
+
+func (s *service) ListImages(context.Context, *hostagent.ListImagesRequest) (*hostagent.ListImagesResponse, error) {
+	images, err := s.agent.images()
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	resp := &hostagent.ListImagesResponse{}
+	for id, im := range images {
+		resp.Images = append(resp.Images, &hostagent.Image{ImageId: string(id), Bytes: im.bytes(), CreatedAt: timestamppb.New(im.Created)})
+	}
+	return resp, nil
+}
+
+func (s *service) PrepareTemplate(_ context.Context, req *hostagent.PrepareTemplateRequest) (*hostagent.PrepareTemplateResponse, error) {
+	if !buildIDPattern.MatchString(req.GetBuildId()) {
+		return nil, rpcError(sandbox.Errorf(sandbox.ErrInvalid, "malformed build id"))
+	}
+	if _, err := s.agent.rootfs(req.GetBuildId()); err != nil {
+		return nil, rpcError(err)
+	}
+	s.agent.pool.pin(shelfKey{build: req.GetBuildId(), resources: resources(req.GetResources())})
+	return &hostagent.PrepareTemplateResponse{}, nil
 }
 
 func (s *service) StopSandbox(_ context.Context, req *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error) {
@@ -79,9 +183,9 @@ func (s *service) StopSandbox(_ context.Context, req *hostagent.StopSandboxReque
 }
 
 func (s *service) SetAccessToken(_ context.Context, req *hostagent.SetAccessTokenRequest) (*hostagent.SetAccessTokenResponse, error) {
-	m := s.agent.get(sandbox.ID(req.GetSandboxId()))
-	if m == nil {
-		return nil, rpcError(sandbox.Errorf(sandbox.ErrNotFound, "there is no sandbox %s", req.GetSandboxId()))
+	m, err := s.find(req.GetSandboxId())
+	if err != nil {
+		return nil, rpcError(err)
 	}
 	if _, _, c := m.status(); c != nil {
 		c.SetToken(req.GetAccessToken())
@@ -96,7 +200,7 @@ func (s *service) ListSandboxes(context.Context, *hostagent.ListSandboxesRequest
 	for _, m := range s.agent.list() {
 		rec, addr, _ := m.status()
 		st := &hostagent.SandboxStatus{
-			SandboxId: string(m.id), State: string(rec.State), ChangedAt: timestamppb.New(rec.Created),
+			SandboxId: string(m.id), State: string(rec.State), ChangedAt: timestamppb.New(rec.Changed),
 		}
 		if addr.IsValid() {
 			st.Address = addr.String()

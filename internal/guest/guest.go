@@ -115,6 +115,15 @@ func (c *Client) Init(ctx context.Context, req InitRequest) (version string, err
 	if err != nil {
 		return "", fmt.Errorf("encode init request: %w", err)
 	}
+	err = c.retry(ctx, func() error {
+		version, err = c.init(ctx, body)
+		return err
+	})
+	return version, err
+}
+
+// retry calls until the guest agent listens or ctx is over.
+func (c *Client) retry(ctx context.Context, call func() error) (err error) {
 	// A dial is refused at once while nothing listens, so a short pause is all
 	// that separates the agent's readiness from our noticing it.
 	const pause = 2 * time.Millisecond
@@ -123,13 +132,12 @@ func (c *Client) Init(ctx context.Context, req InitRequest) (version string, err
 	for {
 		select {
 		case <-ctx.Done():
-			return "", fmt.Errorf("wait for guest agent: %w", errors.Join(context.Cause(ctx), err))
+			return fmt.Errorf("wait for guest agent: %w", errors.Join(context.Cause(ctx), err))
 		case <-timer.C:
 		}
-		version, err = c.init(ctx, body)
 		var dial *net.OpError
-		if err == nil || !errors.As(err, &dial) {
-			return version, err
+		if err = call(); err == nil || !errors.As(err, &dial) {
+			return err
 		}
 		timer.Reset(pause)
 	}
@@ -151,6 +159,28 @@ func (c *Client) init(ctx context.Context, body []byte) (string, error) {
 		return "", fmt.Errorf("initialise guest agent: malformed version %.40q", version)
 	}
 	return version, nil
+}
+
+// AwaitHealth returns once the guest agent answers.
+func (c *Client) AwaitHealth(ctx context.Context) error {
+	return c.retry(ctx, func() error {
+		resp, err := c.do(ctx, http.MethodGet, "/health", nil)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusNoContent {
+			return statusError("wait for guest agent", resp)
+		}
+		return nil
+	})
+}
+
+// EnvVars returns the environment that every process of the sandbox gets.
+func (c *Client) EnvVars(ctx context.Context) (map[string]string, error) {
+	var env map[string]string
+	err := c.get(ctx, "/envs", func(body *json.Decoder) error { return body.Decode(&env) })
+	return env, err
 }
 
 // PowerOff asks the guest agent of a virtual machine to end it cleanly. It

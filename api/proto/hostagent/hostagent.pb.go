@@ -216,8 +216,13 @@ type CreateSandboxRequest struct {
 	AllowInternetAccess bool                   `protobuf:"varint,7,opt,name=allow_internet_access,json=allowInternetAccess,proto3" json:"allow_internet_access,omitempty"`
 	DefaultUser         string                 `protobuf:"bytes,8,opt,name=default_user,json=defaultUser,proto3" json:"default_user,omitempty"`
 	DefaultWorkdir      string                 `protobuf:"bytes,9,opt,name=default_workdir,json=defaultWorkdir,proto3" json:"default_workdir,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	ImageId             string                 `protobuf:"bytes,10,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`                              // image to start from; empty: the template
+	ImageAccessToken    string                 `protobuf:"bytes,11,opt,name=image_access_token,json=imageAccessToken,proto3" json:"image_access_token,omitempty"` // the token of the sandbox that the image was taken of
+	// How to start from a template: "" the quickest there is, "image" from its
+	// memory image and not from the pool, "boot" from neither.
+	Start         string `protobuf:"bytes,12,opt,name=start,proto3" json:"start,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateSandboxRequest) Reset() {
@@ -313,10 +318,32 @@ func (x *CreateSandboxRequest) GetDefaultWorkdir() string {
 	return ""
 }
 
+func (x *CreateSandboxRequest) GetImageId() string {
+	if x != nil {
+		return x.ImageId
+	}
+	return ""
+}
+
+func (x *CreateSandboxRequest) GetImageAccessToken() string {
+	if x != nil {
+		return x.ImageAccessToken
+	}
+	return ""
+}
+
+func (x *CreateSandboxRequest) GetStart() string {
+	if x != nil {
+		return x.Start
+	}
+	return ""
+}
+
 type CreateSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // IP address at which the guest's ports are reached
 	EnvdVersion   string                 `protobuf:"bytes,2,opt,name=envd_version,json=envdVersion,proto3" json:"envd_version,omitempty"`
+	StartedFrom   string                 `protobuf:"bytes,3,opt,name=started_from,json=startedFrom,proto3" json:"started_from,omitempty"` // pool, image, boot or snapshot
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -365,6 +392,641 @@ func (x *CreateSandboxResponse) GetEnvdVersion() string {
 	return ""
 }
 
+func (x *CreateSandboxResponse) GetStartedFrom() string {
+	if x != nil {
+		return x.StartedFrom
+	}
+	return ""
+}
+
+type PauseSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	FilesOnly     bool                   `protobuf:"varint,2,opt,name=files_only,json=filesOnly,proto3" json:"files_only,omitempty"` // memory is not kept: it boots anew when it is resumed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxRequest) Reset() {
+	*x = PauseSandboxRequest{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxRequest) ProtoMessage() {}
+
+func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxRequest.ProtoReflect.Descriptor instead.
+func (*PauseSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PauseSandboxRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *PauseSandboxRequest) GetFilesOnly() bool {
+	if x != nil {
+		return x.FilesOnly
+	}
+	return false
+}
+
+type PauseSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImageBytes    int64                  `protobuf:"varint,1,opt,name=image_bytes,json=imageBytes,proto3" json:"image_bytes,omitempty"` // taken on disk
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxResponse) Reset() {
+	*x = PauseSandboxResponse{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxResponse) ProtoMessage() {}
+
+func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxResponse.ProtoReflect.Descriptor instead.
+func (*PauseSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PauseSandboxResponse) GetImageBytes() int64 {
+	if x != nil {
+		return x.ImageBytes
+	}
+	return 0
+}
+
+type ResumeSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	AccessToken   string                 `protobuf:"bytes,2,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
+	Boot          bool                   `protobuf:"varint,3,opt,name=boot,proto3" json:"boot,omitempty"` // from the files, also where memory was kept
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxRequest) Reset() {
+	*x = ResumeSandboxRequest{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxRequest) ProtoMessage() {}
+
+func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxRequest.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ResumeSandboxRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *ResumeSandboxRequest) GetAccessToken() string {
+	if x != nil {
+		return x.AccessToken
+	}
+	return ""
+}
+
+func (x *ResumeSandboxRequest) GetBoot() bool {
+	if x != nil {
+		return x.Boot
+	}
+	return false
+}
+
+type ResumeSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	EnvdVersion   string                 `protobuf:"bytes,2,opt,name=envd_version,json=envdVersion,proto3" json:"envd_version,omitempty"`
+	Booted        bool                   `protobuf:"varint,3,opt,name=booted,proto3" json:"booted,omitempty"` // processes are gone
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxResponse) Reset() {
+	*x = ResumeSandboxResponse{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxResponse) ProtoMessage() {}
+
+func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxResponse.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ResumeSandboxResponse) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *ResumeSandboxResponse) GetEnvdVersion() string {
+	if x != nil {
+		return x.EnvdVersion
+	}
+	return ""
+}
+
+func (x *ResumeSandboxResponse) GetBooted() bool {
+	if x != nil {
+		return x.Booted
+	}
+	return false
+}
+
+type SnapshotSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ImageId       string                 `protobuf:"bytes,2,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"` // form of a sandbox id
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotSandboxRequest) Reset() {
+	*x = SnapshotSandboxRequest{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotSandboxRequest) ProtoMessage() {}
+
+func (x *SnapshotSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotSandboxRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *SnapshotSandboxRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *SnapshotSandboxRequest) GetImageId() string {
+	if x != nil {
+		return x.ImageId
+	}
+	return ""
+}
+
+type SnapshotSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImageBytes    int64                  `protobuf:"varint,1,opt,name=image_bytes,json=imageBytes,proto3" json:"image_bytes,omitempty"`
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // memory or files
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotSandboxResponse) Reset() {
+	*x = SnapshotSandboxResponse{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotSandboxResponse) ProtoMessage() {}
+
+func (x *SnapshotSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotSandboxResponse.ProtoReflect.Descriptor instead.
+func (*SnapshotSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *SnapshotSandboxResponse) GetImageBytes() int64 {
+	if x != nil {
+		return x.ImageBytes
+	}
+	return 0
+}
+
+func (x *SnapshotSandboxResponse) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+type DeleteImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImageId       string                 `protobuf:"bytes,1,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteImageRequest) Reset() {
+	*x = DeleteImageRequest{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteImageRequest) ProtoMessage() {}
+
+func (x *DeleteImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteImageRequest.ProtoReflect.Descriptor instead.
+func (*DeleteImageRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *DeleteImageRequest) GetImageId() string {
+	if x != nil {
+		return x.ImageId
+	}
+	return ""
+}
+
+type DeleteImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteImageResponse) Reset() {
+	*x = DeleteImageResponse{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteImageResponse) ProtoMessage() {}
+
+func (x *DeleteImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteImageResponse.ProtoReflect.Descriptor instead.
+func (*DeleteImageResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{12}
+}
+
+type ListImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListImagesRequest) Reset() {
+	*x = ListImagesRequest{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListImagesRequest) ProtoMessage() {}
+
+func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
+func (*ListImagesRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{13}
+}
+
+type ListImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*Image               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListImagesResponse) Reset() {
+	*x = ListImagesResponse{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListImagesResponse) ProtoMessage() {}
+
+func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
+func (*ListImagesResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListImagesResponse) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+type Image struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImageId       string                 `protobuf:"bytes,1,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
+	Bytes         int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Image) Reset() {
+	*x = Image{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Image) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Image) ProtoMessage() {}
+
+func (x *Image) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Image.ProtoReflect.Descriptor instead.
+func (*Image) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Image) GetImageId() string {
+	if x != nil {
+		return x.ImageId
+	}
+	return ""
+}
+
+func (x *Image) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Image) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+type PrepareTemplateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	BuildId       string                 `protobuf:"bytes,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	Resources     *Resources             `protobuf:"bytes,2,opt,name=resources,proto3" json:"resources,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareTemplateRequest) Reset() {
+	*x = PrepareTemplateRequest{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareTemplateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareTemplateRequest) ProtoMessage() {}
+
+func (x *PrepareTemplateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareTemplateRequest.ProtoReflect.Descriptor instead.
+func (*PrepareTemplateRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PrepareTemplateRequest) GetBuildId() string {
+	if x != nil {
+		return x.BuildId
+	}
+	return ""
+}
+
+func (x *PrepareTemplateRequest) GetResources() *Resources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+type PrepareTemplateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareTemplateResponse) Reset() {
+	*x = PrepareTemplateResponse{}
+	mi := &file_hostagent_hostagent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareTemplateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareTemplateResponse) ProtoMessage() {}
+
+func (x *PrepareTemplateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_hostagent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareTemplateResponse.ProtoReflect.Descriptor instead.
+func (*PrepareTemplateResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{17}
+}
+
 type StopSandboxRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -374,7 +1036,7 @@ type StopSandboxRequest struct {
 
 func (x *StopSandboxRequest) Reset() {
 	*x = StopSandboxRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[5]
+	mi := &file_hostagent_hostagent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -386,7 +1048,7 @@ func (x *StopSandboxRequest) String() string {
 func (*StopSandboxRequest) ProtoMessage() {}
 
 func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[5]
+	mi := &file_hostagent_hostagent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -399,7 +1061,7 @@ func (x *StopSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxRequest.ProtoReflect.Descriptor instead.
 func (*StopSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{5}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StopSandboxRequest) GetSandboxId() string {
@@ -417,7 +1079,7 @@ type StopSandboxResponse struct {
 
 func (x *StopSandboxResponse) Reset() {
 	*x = StopSandboxResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[6]
+	mi := &file_hostagent_hostagent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -429,7 +1091,7 @@ func (x *StopSandboxResponse) String() string {
 func (*StopSandboxResponse) ProtoMessage() {}
 
 func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[6]
+	mi := &file_hostagent_hostagent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -442,7 +1104,7 @@ func (x *StopSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopSandboxResponse.ProtoReflect.Descriptor instead.
 func (*StopSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{6}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{19}
 }
 
 type SetAccessTokenRequest struct {
@@ -455,7 +1117,7 @@ type SetAccessTokenRequest struct {
 
 func (x *SetAccessTokenRequest) Reset() {
 	*x = SetAccessTokenRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	mi := &file_hostagent_hostagent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -467,7 +1129,7 @@ func (x *SetAccessTokenRequest) String() string {
 func (*SetAccessTokenRequest) ProtoMessage() {}
 
 func (x *SetAccessTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[7]
+	mi := &file_hostagent_hostagent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -480,7 +1142,7 @@ func (x *SetAccessTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetAccessTokenRequest.ProtoReflect.Descriptor instead.
 func (*SetAccessTokenRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{7}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SetAccessTokenRequest) GetSandboxId() string {
@@ -505,7 +1167,7 @@ type SetAccessTokenResponse struct {
 
 func (x *SetAccessTokenResponse) Reset() {
 	*x = SetAccessTokenResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	mi := &file_hostagent_hostagent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -517,7 +1179,7 @@ func (x *SetAccessTokenResponse) String() string {
 func (*SetAccessTokenResponse) ProtoMessage() {}
 
 func (x *SetAccessTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[8]
+	mi := &file_hostagent_hostagent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -530,7 +1192,7 @@ func (x *SetAccessTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetAccessTokenResponse.ProtoReflect.Descriptor instead.
 func (*SetAccessTokenResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{8}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{21}
 }
 
 type ListSandboxesRequest struct {
@@ -541,7 +1203,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[9]
+	mi := &file_hostagent_hostagent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -553,7 +1215,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[9]
+	mi := &file_hostagent_hostagent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -566,7 +1228,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{9}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{22}
 }
 
 type ListSandboxesResponse struct {
@@ -578,7 +1240,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_hostagent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -590,7 +1252,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_hostagent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -603,7 +1265,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{10}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*SandboxStatus {
@@ -626,7 +1288,7 @@ type SandboxStatus struct {
 
 func (x *SandboxStatus) Reset() {
 	*x = SandboxStatus{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_hostagent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +1300,7 @@ func (x *SandboxStatus) String() string {
 func (*SandboxStatus) ProtoMessage() {}
 
 func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_hostagent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +1313,7 @@ func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatus.ProtoReflect.Descriptor instead.
 func (*SandboxStatus) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{11}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SandboxStatus) GetSandboxId() string {
@@ -697,7 +1359,7 @@ type WatchSandboxesRequest struct {
 
 func (x *WatchSandboxesRequest) Reset() {
 	*x = WatchSandboxesRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_hostagent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -709,7 +1371,7 @@ func (x *WatchSandboxesRequest) String() string {
 func (*WatchSandboxesRequest) ProtoMessage() {}
 
 func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_hostagent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -722,7 +1384,7 @@ func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{12}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{25}
 }
 
 type WatchSandboxesResponse struct {
@@ -734,7 +1396,7 @@ type WatchSandboxesResponse struct {
 
 func (x *WatchSandboxesResponse) Reset() {
 	*x = WatchSandboxesResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_hostagent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -746,7 +1408,7 @@ func (x *WatchSandboxesResponse) String() string {
 func (*WatchSandboxesResponse) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_hostagent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -759,7 +1421,7 @@ func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{13}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *WatchSandboxesResponse) GetEnded() *SandboxStatus {
@@ -781,7 +1443,7 @@ type GetMetricsRequest struct {
 
 func (x *GetMetricsRequest) Reset() {
 	*x = GetMetricsRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_hostagent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +1455,7 @@ func (x *GetMetricsRequest) String() string {
 func (*GetMetricsRequest) ProtoMessage() {}
 
 func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_hostagent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +1468,7 @@ func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsRequest.ProtoReflect.Descriptor instead.
 func (*GetMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{14}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GetMetricsRequest) GetSandboxIds() []string {
@@ -846,7 +1508,7 @@ type GetMetricsResponse struct {
 
 func (x *GetMetricsResponse) Reset() {
 	*x = GetMetricsResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_hostagent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +1520,7 @@ func (x *GetMetricsResponse) String() string {
 func (*GetMetricsResponse) ProtoMessage() {}
 
 func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_hostagent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +1533,7 @@ func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsResponse.ProtoReflect.Descriptor instead.
 func (*GetMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{15}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetMetricsResponse) GetSeries() map[string]*MetricSeries {
@@ -890,7 +1552,7 @@ type MetricSeries struct {
 
 func (x *MetricSeries) Reset() {
 	*x = MetricSeries{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_hostagent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -902,7 +1564,7 @@ func (x *MetricSeries) String() string {
 func (*MetricSeries) ProtoMessage() {}
 
 func (x *MetricSeries) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_hostagent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -915,7 +1577,7 @@ func (x *MetricSeries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricSeries.ProtoReflect.Descriptor instead.
 func (*MetricSeries) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{16}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *MetricSeries) GetSamples() []*MetricSample {
@@ -941,7 +1603,7 @@ type MetricSample struct {
 
 func (x *MetricSample) Reset() {
 	*x = MetricSample{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_hostagent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1615,7 @@ func (x *MetricSample) String() string {
 func (*MetricSample) ProtoMessage() {}
 
 func (x *MetricSample) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_hostagent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1628,7 @@ func (x *MetricSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricSample.ProtoReflect.Descriptor instead.
 func (*MetricSample) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{17}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MetricSample) GetTime() *timestamppb.Timestamp {
@@ -1035,7 +1697,7 @@ type GetLogsRequest struct {
 
 func (x *GetLogsRequest) Reset() {
 	*x = GetLogsRequest{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_hostagent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1709,7 @@ func (x *GetLogsRequest) String() string {
 func (*GetLogsRequest) ProtoMessage() {}
 
 func (x *GetLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_hostagent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1722,7 @@ func (x *GetLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLogsRequest.ProtoReflect.Descriptor instead.
 func (*GetLogsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{18}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetLogsRequest) GetSandboxId() string {
@@ -1086,7 +1748,7 @@ type GetLogsResponse struct {
 
 func (x *GetLogsResponse) Reset() {
 	*x = GetLogsResponse{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[19]
+	mi := &file_hostagent_hostagent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1098,7 +1760,7 @@ func (x *GetLogsResponse) String() string {
 func (*GetLogsResponse) ProtoMessage() {}
 
 func (x *GetLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[19]
+	mi := &file_hostagent_hostagent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1111,7 +1773,7 @@ func (x *GetLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLogsResponse.ProtoReflect.Descriptor instead.
 func (*GetLogsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{19}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetLogsResponse) GetEntries() []*LogEntry {
@@ -1133,7 +1795,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_hostagent_hostagent_proto_msgTypes[20]
+	mi := &file_hostagent_hostagent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1145,7 +1807,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_hostagent_proto_msgTypes[20]
+	mi := &file_hostagent_hostagent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1158,7 +1820,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{20}
+	return file_hostagent_hostagent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -1207,7 +1869,7 @@ const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"memory_mib\x18\x02 \x01(\x03R\tmemoryMib\x12\x19\n" +
 	"\bdisk_mib\x18\x03 \x01(\x03R\adiskMib\x12\x12\n" +
-	"\x04pids\x18\x04 \x01(\x03R\x04pids\"\xcd\x03\n" +
+	"\x04pids\x18\x04 \x01(\x03R\x04pids\"\xac\x04\n" +
 	"\x14CreateSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
@@ -1219,13 +1881,58 @@ const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\faccess_token\x18\x06 \x01(\tR\vaccessToken\x122\n" +
 	"\x15allow_internet_access\x18\a \x01(\bR\x13allowInternetAccess\x12!\n" +
 	"\fdefault_user\x18\b \x01(\tR\vdefaultUser\x12'\n" +
-	"\x0fdefault_workdir\x18\t \x01(\tR\x0edefaultWorkdir\x1a:\n" +
+	"\x0fdefault_workdir\x18\t \x01(\tR\x0edefaultWorkdir\x12\x19\n" +
+	"\bimage_id\x18\n" +
+	" \x01(\tR\aimageId\x12,\n" +
+	"\x12image_access_token\x18\v \x01(\tR\x10imageAccessToken\x12\x14\n" +
+	"\x05start\x18\f \x01(\tR\x05start\x1a:\n" +
 	"\fEnvVarsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"T\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"w\n" +
 	"\x15CreateSandboxResponse\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12!\n" +
-	"\fenvd_version\x18\x02 \x01(\tR\venvdVersion\"3\n" +
+	"\fenvd_version\x18\x02 \x01(\tR\venvdVersion\x12!\n" +
+	"\fstarted_from\x18\x03 \x01(\tR\vstartedFrom\"S\n" +
+	"\x13PauseSandboxRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1d\n" +
+	"\n" +
+	"files_only\x18\x02 \x01(\bR\tfilesOnly\"7\n" +
+	"\x14PauseSandboxResponse\x12\x1f\n" +
+	"\vimage_bytes\x18\x01 \x01(\x03R\n" +
+	"imageBytes\"l\n" +
+	"\x14ResumeSandboxRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
+	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\x12\x12\n" +
+	"\x04boot\x18\x03 \x01(\bR\x04boot\"l\n" +
+	"\x15ResumeSandboxResponse\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12!\n" +
+	"\fenvd_version\x18\x02 \x01(\tR\venvdVersion\x12\x16\n" +
+	"\x06booted\x18\x03 \x01(\bR\x06booted\"R\n" +
+	"\x16SnapshotSandboxRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x19\n" +
+	"\bimage_id\x18\x02 \x01(\tR\aimageId\"N\n" +
+	"\x17SnapshotSandboxResponse\x12\x1f\n" +
+	"\vimage_bytes\x18\x01 \x01(\x03R\n" +
+	"imageBytes\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\"/\n" +
+	"\x12DeleteImageRequest\x12\x19\n" +
+	"\bimage_id\x18\x01 \x01(\tR\aimageId\"\x15\n" +
+	"\x13DeleteImageResponse\"\x13\n" +
+	"\x11ListImagesRequest\">\n" +
+	"\x12ListImagesResponse\x12(\n" +
+	"\x06images\x18\x01 \x03(\v2\x10.hostagent.ImageR\x06images\"s\n" +
+	"\x05Image\x12\x19\n" +
+	"\bimage_id\x18\x01 \x01(\tR\aimageId\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\x129\n" +
+	"\n" +
+	"created_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"g\n" +
+	"\x16PrepareTemplateRequest\x12\x19\n" +
+	"\bbuild_id\x18\x01 \x01(\tR\abuildId\x122\n" +
+	"\tresources\x18\x02 \x01(\v2\x14.hostagent.ResourcesR\tresources\"\x19\n" +
+	"\x17PrepareTemplateResponse\"3\n" +
 	"\x12StopSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x15\n" +
@@ -1287,11 +1994,18 @@ const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\x06fields\x18\x04 \x03(\v2\x1f.hostagent.LogEntry.FieldsEntryR\x06fields\x1a9\n" +
 	"\vFieldsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x012\x80\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x012\xf2\b\n" +
 	"\tHostAgent\x12@\n" +
 	"\aGetHost\x12\x19.hostagent.GetHostRequest\x1a\x1a.hostagent.GetHostResponse\x12R\n" +
 	"\rCreateSandbox\x12\x1f.hostagent.CreateSandboxRequest\x1a .hostagent.CreateSandboxResponse\x12L\n" +
-	"\vStopSandbox\x12\x1d.hostagent.StopSandboxRequest\x1a\x1e.hostagent.StopSandboxResponse\x12U\n" +
+	"\vStopSandbox\x12\x1d.hostagent.StopSandboxRequest\x1a\x1e.hostagent.StopSandboxResponse\x12O\n" +
+	"\fPauseSandbox\x12\x1e.hostagent.PauseSandboxRequest\x1a\x1f.hostagent.PauseSandboxResponse\x12R\n" +
+	"\rResumeSandbox\x12\x1f.hostagent.ResumeSandboxRequest\x1a .hostagent.ResumeSandboxResponse\x12X\n" +
+	"\x0fSnapshotSandbox\x12!.hostagent.SnapshotSandboxRequest\x1a\".hostagent.SnapshotSandboxResponse\x12L\n" +
+	"\vDeleteImage\x12\x1d.hostagent.DeleteImageRequest\x1a\x1e.hostagent.DeleteImageResponse\x12I\n" +
+	"\n" +
+	"ListImages\x12\x1c.hostagent.ListImagesRequest\x1a\x1d.hostagent.ListImagesResponse\x12X\n" +
+	"\x0fPrepareTemplate\x12!.hostagent.PrepareTemplateRequest\x1a\".hostagent.PrepareTemplateResponse\x12U\n" +
 	"\x0eSetAccessToken\x12 .hostagent.SetAccessTokenRequest\x1a!.hostagent.SetAccessTokenResponse\x12R\n" +
 	"\rListSandboxes\x12\x1f.hostagent.ListSandboxesRequest\x1a .hostagent.ListSandboxesResponse\x12W\n" +
 	"\x0eWatchSandboxes\x12 .hostagent.WatchSandboxesRequest\x1a!.hostagent.WatchSandboxesResponse0\x01\x12I\n" +
@@ -1311,71 +2025,99 @@ func file_hostagent_hostagent_proto_rawDescGZIP() []byte {
 	return file_hostagent_hostagent_proto_rawDescData
 }
 
-var file_hostagent_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_hostagent_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_hostagent_hostagent_proto_goTypes = []any{
-	(*GetHostRequest)(nil),         // 0: hostagent.GetHostRequest
-	(*GetHostResponse)(nil),        // 1: hostagent.GetHostResponse
-	(*Resources)(nil),              // 2: hostagent.Resources
-	(*CreateSandboxRequest)(nil),   // 3: hostagent.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil),  // 4: hostagent.CreateSandboxResponse
-	(*StopSandboxRequest)(nil),     // 5: hostagent.StopSandboxRequest
-	(*StopSandboxResponse)(nil),    // 6: hostagent.StopSandboxResponse
-	(*SetAccessTokenRequest)(nil),  // 7: hostagent.SetAccessTokenRequest
-	(*SetAccessTokenResponse)(nil), // 8: hostagent.SetAccessTokenResponse
-	(*ListSandboxesRequest)(nil),   // 9: hostagent.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),  // 10: hostagent.ListSandboxesResponse
-	(*SandboxStatus)(nil),          // 11: hostagent.SandboxStatus
-	(*WatchSandboxesRequest)(nil),  // 12: hostagent.WatchSandboxesRequest
-	(*WatchSandboxesResponse)(nil), // 13: hostagent.WatchSandboxesResponse
-	(*GetMetricsRequest)(nil),      // 14: hostagent.GetMetricsRequest
-	(*GetMetricsResponse)(nil),     // 15: hostagent.GetMetricsResponse
-	(*MetricSeries)(nil),           // 16: hostagent.MetricSeries
-	(*MetricSample)(nil),           // 17: hostagent.MetricSample
-	(*GetLogsRequest)(nil),         // 18: hostagent.GetLogsRequest
-	(*GetLogsResponse)(nil),        // 19: hostagent.GetLogsResponse
-	(*LogEntry)(nil),               // 20: hostagent.LogEntry
-	nil,                            // 21: hostagent.CreateSandboxRequest.EnvVarsEntry
-	nil,                            // 22: hostagent.GetMetricsResponse.SeriesEntry
-	nil,                            // 23: hostagent.LogEntry.FieldsEntry
-	(*timestamppb.Timestamp)(nil),  // 24: google.protobuf.Timestamp
+	(*GetHostRequest)(nil),          // 0: hostagent.GetHostRequest
+	(*GetHostResponse)(nil),         // 1: hostagent.GetHostResponse
+	(*Resources)(nil),               // 2: hostagent.Resources
+	(*CreateSandboxRequest)(nil),    // 3: hostagent.CreateSandboxRequest
+	(*CreateSandboxResponse)(nil),   // 4: hostagent.CreateSandboxResponse
+	(*PauseSandboxRequest)(nil),     // 5: hostagent.PauseSandboxRequest
+	(*PauseSandboxResponse)(nil),    // 6: hostagent.PauseSandboxResponse
+	(*ResumeSandboxRequest)(nil),    // 7: hostagent.ResumeSandboxRequest
+	(*ResumeSandboxResponse)(nil),   // 8: hostagent.ResumeSandboxResponse
+	(*SnapshotSandboxRequest)(nil),  // 9: hostagent.SnapshotSandboxRequest
+	(*SnapshotSandboxResponse)(nil), // 10: hostagent.SnapshotSandboxResponse
+	(*DeleteImageRequest)(nil),      // 11: hostagent.DeleteImageRequest
+	(*DeleteImageResponse)(nil),     // 12: hostagent.DeleteImageResponse
+	(*ListImagesRequest)(nil),       // 13: hostagent.ListImagesRequest
+	(*ListImagesResponse)(nil),      // 14: hostagent.ListImagesResponse
+	(*Image)(nil),                   // 15: hostagent.Image
+	(*PrepareTemplateRequest)(nil),  // 16: hostagent.PrepareTemplateRequest
+	(*PrepareTemplateResponse)(nil), // 17: hostagent.PrepareTemplateResponse
+	(*StopSandboxRequest)(nil),      // 18: hostagent.StopSandboxRequest
+	(*StopSandboxResponse)(nil),     // 19: hostagent.StopSandboxResponse
+	(*SetAccessTokenRequest)(nil),   // 20: hostagent.SetAccessTokenRequest
+	(*SetAccessTokenResponse)(nil),  // 21: hostagent.SetAccessTokenResponse
+	(*ListSandboxesRequest)(nil),    // 22: hostagent.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),   // 23: hostagent.ListSandboxesResponse
+	(*SandboxStatus)(nil),           // 24: hostagent.SandboxStatus
+	(*WatchSandboxesRequest)(nil),   // 25: hostagent.WatchSandboxesRequest
+	(*WatchSandboxesResponse)(nil),  // 26: hostagent.WatchSandboxesResponse
+	(*GetMetricsRequest)(nil),       // 27: hostagent.GetMetricsRequest
+	(*GetMetricsResponse)(nil),      // 28: hostagent.GetMetricsResponse
+	(*MetricSeries)(nil),            // 29: hostagent.MetricSeries
+	(*MetricSample)(nil),            // 30: hostagent.MetricSample
+	(*GetLogsRequest)(nil),          // 31: hostagent.GetLogsRequest
+	(*GetLogsResponse)(nil),         // 32: hostagent.GetLogsResponse
+	(*LogEntry)(nil),                // 33: hostagent.LogEntry
+	nil,                             // 34: hostagent.CreateSandboxRequest.EnvVarsEntry
+	nil,                             // 35: hostagent.GetMetricsResponse.SeriesEntry
+	nil,                             // 36: hostagent.LogEntry.FieldsEntry
+	(*timestamppb.Timestamp)(nil),   // 37: google.protobuf.Timestamp
 }
 var file_hostagent_hostagent_proto_depIdxs = []int32{
 	2,  // 0: hostagent.CreateSandboxRequest.resources:type_name -> hostagent.Resources
-	21, // 1: hostagent.CreateSandboxRequest.env_vars:type_name -> hostagent.CreateSandboxRequest.EnvVarsEntry
-	11, // 2: hostagent.ListSandboxesResponse.sandboxes:type_name -> hostagent.SandboxStatus
-	24, // 3: hostagent.SandboxStatus.changed_at:type_name -> google.protobuf.Timestamp
-	11, // 4: hostagent.WatchSandboxesResponse.ended:type_name -> hostagent.SandboxStatus
-	24, // 5: hostagent.GetMetricsRequest.start:type_name -> google.protobuf.Timestamp
-	24, // 6: hostagent.GetMetricsRequest.end:type_name -> google.protobuf.Timestamp
-	22, // 7: hostagent.GetMetricsResponse.series:type_name -> hostagent.GetMetricsResponse.SeriesEntry
-	17, // 8: hostagent.MetricSeries.samples:type_name -> hostagent.MetricSample
-	24, // 9: hostagent.MetricSample.time:type_name -> google.protobuf.Timestamp
-	24, // 10: hostagent.GetLogsRequest.after:type_name -> google.protobuf.Timestamp
-	20, // 11: hostagent.GetLogsResponse.entries:type_name -> hostagent.LogEntry
-	24, // 12: hostagent.LogEntry.time:type_name -> google.protobuf.Timestamp
-	23, // 13: hostagent.LogEntry.fields:type_name -> hostagent.LogEntry.FieldsEntry
-	16, // 14: hostagent.GetMetricsResponse.SeriesEntry.value:type_name -> hostagent.MetricSeries
-	0,  // 15: hostagent.HostAgent.GetHost:input_type -> hostagent.GetHostRequest
-	3,  // 16: hostagent.HostAgent.CreateSandbox:input_type -> hostagent.CreateSandboxRequest
-	5,  // 17: hostagent.HostAgent.StopSandbox:input_type -> hostagent.StopSandboxRequest
-	7,  // 18: hostagent.HostAgent.SetAccessToken:input_type -> hostagent.SetAccessTokenRequest
-	9,  // 19: hostagent.HostAgent.ListSandboxes:input_type -> hostagent.ListSandboxesRequest
-	12, // 20: hostagent.HostAgent.WatchSandboxes:input_type -> hostagent.WatchSandboxesRequest
-	14, // 21: hostagent.HostAgent.GetMetrics:input_type -> hostagent.GetMetricsRequest
-	18, // 22: hostagent.HostAgent.GetLogs:input_type -> hostagent.GetLogsRequest
-	1,  // 23: hostagent.HostAgent.GetHost:output_type -> hostagent.GetHostResponse
-	4,  // 24: hostagent.HostAgent.CreateSandbox:output_type -> hostagent.CreateSandboxResponse
-	6,  // 25: hostagent.HostAgent.StopSandbox:output_type -> hostagent.StopSandboxResponse
-	8,  // 26: hostagent.HostAgent.SetAccessToken:output_type -> hostagent.SetAccessTokenResponse
-	10, // 27: hostagent.HostAgent.ListSandboxes:output_type -> hostagent.ListSandboxesResponse
-	13, // 28: hostagent.HostAgent.WatchSandboxes:output_type -> hostagent.WatchSandboxesResponse
-	15, // 29: hostagent.HostAgent.GetMetrics:output_type -> hostagent.GetMetricsResponse
-	19, // 30: hostagent.HostAgent.GetLogs:output_type -> hostagent.GetLogsResponse
-	23, // [23:31] is the sub-list for method output_type
-	15, // [15:23] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	34, // 1: hostagent.CreateSandboxRequest.env_vars:type_name -> hostagent.CreateSandboxRequest.EnvVarsEntry
+	15, // 2: hostagent.ListImagesResponse.images:type_name -> hostagent.Image
+	37, // 3: hostagent.Image.created_at:type_name -> google.protobuf.Timestamp
+	2,  // 4: hostagent.PrepareTemplateRequest.resources:type_name -> hostagent.Resources
+	24, // 5: hostagent.ListSandboxesResponse.sandboxes:type_name -> hostagent.SandboxStatus
+	37, // 6: hostagent.SandboxStatus.changed_at:type_name -> google.protobuf.Timestamp
+	24, // 7: hostagent.WatchSandboxesResponse.ended:type_name -> hostagent.SandboxStatus
+	37, // 8: hostagent.GetMetricsRequest.start:type_name -> google.protobuf.Timestamp
+	37, // 9: hostagent.GetMetricsRequest.end:type_name -> google.protobuf.Timestamp
+	35, // 10: hostagent.GetMetricsResponse.series:type_name -> hostagent.GetMetricsResponse.SeriesEntry
+	30, // 11: hostagent.MetricSeries.samples:type_name -> hostagent.MetricSample
+	37, // 12: hostagent.MetricSample.time:type_name -> google.protobuf.Timestamp
+	37, // 13: hostagent.GetLogsRequest.after:type_name -> google.protobuf.Timestamp
+	33, // 14: hostagent.GetLogsResponse.entries:type_name -> hostagent.LogEntry
+	37, // 15: hostagent.LogEntry.time:type_name -> google.protobuf.Timestamp
+	36, // 16: hostagent.LogEntry.fields:type_name -> hostagent.LogEntry.FieldsEntry
+	29, // 17: hostagent.GetMetricsResponse.SeriesEntry.value:type_name -> hostagent.MetricSeries
+	0,  // 18: hostagent.HostAgent.GetHost:input_type -> hostagent.GetHostRequest
+	3,  // 19: hostagent.HostAgent.CreateSandbox:input_type -> hostagent.CreateSandboxRequest
+	18, // 20: hostagent.HostAgent.StopSandbox:input_type -> hostagent.StopSandboxRequest
+	5,  // 21: hostagent.HostAgent.PauseSandbox:input_type -> hostagent.PauseSandboxRequest
+	7,  // 22: hostagent.HostAgent.ResumeSandbox:input_type -> hostagent.ResumeSandboxRequest
+	9,  // 23: hostagent.HostAgent.SnapshotSandbox:input_type -> hostagent.SnapshotSandboxRequest
+	11, // 24: hostagent.HostAgent.DeleteImage:input_type -> hostagent.DeleteImageRequest
+	13, // 25: hostagent.HostAgent.ListImages:input_type -> hostagent.ListImagesRequest
+	16, // 26: hostagent.HostAgent.PrepareTemplate:input_type -> hostagent.PrepareTemplateRequest
+	20, // 27: hostagent.HostAgent.SetAccessToken:input_type -> hostagent.SetAccessTokenRequest
+	22, // 28: hostagent.HostAgent.ListSandboxes:input_type -> hostagent.ListSandboxesRequest
+	25, // 29: hostagent.HostAgent.WatchSandboxes:input_type -> hostagent.WatchSandboxesRequest
+	27, // 30: hostagent.HostAgent.GetMetrics:input_type -> hostagent.GetMetricsRequest
+	31, // 31: hostagent.HostAgent.GetLogs:input_type -> hostagent.GetLogsRequest
+	1,  // 32: hostagent.HostAgent.GetHost:output_type -> hostagent.GetHostResponse
+	4,  // 33: hostagent.HostAgent.CreateSandbox:output_type -> hostagent.CreateSandboxResponse
+	19, // 34: hostagent.HostAgent.StopSandbox:output_type -> hostagent.StopSandboxResponse
+	6,  // 35: hostagent.HostAgent.PauseSandbox:output_type -> hostagent.PauseSandboxResponse
+	8,  // 36: hostagent.HostAgent.ResumeSandbox:output_type -> hostagent.ResumeSandboxResponse
+	10, // 37: hostagent.HostAgent.SnapshotSandbox:output_type -> hostagent.SnapshotSandboxResponse
+	12, // 38: hostagent.HostAgent.DeleteImage:output_type -> hostagent.DeleteImageResponse
+	14, // 39: hostagent.HostAgent.ListImages:output_type -> hostagent.ListImagesResponse
+	17, // 40: hostagent.HostAgent.PrepareTemplate:output_type -> hostagent.PrepareTemplateResponse
+	21, // 41: hostagent.HostAgent.SetAccessToken:output_type -> hostagent.SetAccessTokenResponse
+	23, // 42: hostagent.HostAgent.ListSandboxes:output_type -> hostagent.ListSandboxesResponse
+	26, // 43: hostagent.HostAgent.WatchSandboxes:output_type -> hostagent.WatchSandboxesResponse
+	28, // 44: hostagent.HostAgent.GetMetrics:output_type -> hostagent.GetMetricsResponse
+	32, // 45: hostagent.HostAgent.GetLogs:output_type -> hostagent.GetLogsResponse
+	32, // [32:46] is the sub-list for method output_type
+	18, // [18:32] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_hostagent_proto_init() }
@@ -1389,7 +2131,7 @@ func file_hostagent_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_hostagent_proto_rawDesc), len(file_hostagent_hostagent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -42,6 +42,20 @@ const (
 	HostAgentCreateSandboxProcedure = "/hostagent.HostAgent/CreateSandbox"
 	// HostAgentStopSandboxProcedure is the fully-qualified name of the HostAgent's StopSandbox RPC.
 	HostAgentStopSandboxProcedure = "/hostagent.HostAgent/StopSandbox"
+	// HostAgentPauseSandboxProcedure is the fully-qualified name of the HostAgent's PauseSandbox RPC.
+	HostAgentPauseSandboxProcedure = "/hostagent.HostAgent/PauseSandbox"
+	// HostAgentResumeSandboxProcedure is the fully-qualified name of the HostAgent's ResumeSandbox RPC.
+	HostAgentResumeSandboxProcedure = "/hostagent.HostAgent/ResumeSandbox"
+	// HostAgentSnapshotSandboxProcedure is the fully-qualified name of the HostAgent's SnapshotSandbox
+	// RPC.
+	HostAgentSnapshotSandboxProcedure = "/hostagent.HostAgent/SnapshotSandbox"
+	// HostAgentDeleteImageProcedure is the fully-qualified name of the HostAgent's DeleteImage RPC.
+	HostAgentDeleteImageProcedure = "/hostagent.HostAgent/DeleteImage"
+	// HostAgentListImagesProcedure is the fully-qualified name of the HostAgent's ListImages RPC.
+	HostAgentListImagesProcedure = "/hostagent.HostAgent/ListImages"
+	// HostAgentPrepareTemplateProcedure is the fully-qualified name of the HostAgent's PrepareTemplate
+	// RPC.
+	HostAgentPrepareTemplateProcedure = "/hostagent.HostAgent/PrepareTemplate"
 	// HostAgentSetAccessTokenProcedure is the fully-qualified name of the HostAgent's SetAccessToken
 	// RPC.
 	HostAgentSetAccessTokenProcedure = "/hostagent.HostAgent/SetAccessToken"
@@ -60,13 +74,38 @@ const (
 type HostAgentClient interface {
 	// GetHost says what the host has and how much of it is taken.
 	GetHost(context.Context, *hostagent.GetHostRequest) (*hostagent.GetHostResponse, error)
-	// CreateSandbox makes a sandbox and returns when its guest agent serves.
-	// Errors: already_exists (the id is taken), not_found (template build not on
-	// this host), resource_exhausted. A failure leaves nothing behind.
+	// CreateSandbox makes a sandbox, of a template or of an image, and returns
+	// when its guest agent serves. Errors: already_exists (the id is taken),
+	// not_found (template build or image not on this host), invalid_argument (the
+	// image is damaged or of another engine), resource_exhausted. A failure leaves
+	// nothing behind.
 	CreateSandbox(context.Context, *hostagent.CreateSandboxRequest) (*hostagent.CreateSandboxResponse, error)
-	// StopSandbox ends a sandbox and frees all it holds. Idempotent: an unknown
-	// id is a success.
+	// StopSandbox ends a sandbox, in whatever state it is, and frees all it holds,
+	// the image of a paused one included. Idempotent: an unknown id is a success.
 	StopSandbox(context.Context, *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error)
+	// PauseSandbox writes a running sandbox to disk and frees everything else that
+	// it holds. When it fails the sandbox goes on running. Errors: not_found,
+	// already_exists (it is not running), resource_exhausted (no room on the disk).
+	PauseSandbox(context.Context, *hostagent.PauseSandboxRequest) (*hostagent.PauseSandboxResponse, error)
+	// ResumeSandbox lets a paused sandbox go on and returns when its guest agent
+	// serves. When it fails the sandbox is paused as before. Errors: not_found,
+	// already_exists (it is not paused), invalid_argument (its image is damaged or
+	// of another engine), resource_exhausted.
+	ResumeSandbox(context.Context, *hostagent.ResumeSandboxRequest) (*hostagent.ResumeSandboxResponse, error)
+	// SnapshotSandbox writes an image of a running sandbox, which goes on, or of a
+	// paused one. The caller names the image and keeps it in its records: of an
+	// image that nobody deletes the agent is not rid. Errors: not_found,
+	// already_exists (the sandbox is in transition, or the image's id is taken),
+	// resource_exhausted.
+	SnapshotSandbox(context.Context, *hostagent.SnapshotSandboxRequest) (*hostagent.SnapshotSandboxResponse, error)
+	// DeleteImage removes an image. Idempotent: an unknown id is a success.
+	DeleteImage(context.Context, *hostagent.DeleteImageRequest) (*hostagent.DeleteImageResponse, error)
+	// ListImages returns the images that SnapshotSandbox has made, those of paused
+	// sandboxes left out: they go with the sandbox.
+	ListImages(context.Context, *hostagent.ListImagesRequest) (*hostagent.ListImagesResponse, error)
+	// PrepareTemplate has the agent keep sandboxes of a template ready. It returns
+	// at once; the work goes on in the background. not_found: no such build here.
+	PrepareTemplate(context.Context, *hostagent.PrepareTemplateRequest) (*hostagent.PrepareTemplateResponse, error)
 	// SetAccessToken gives the agent the token of a sandbox that it took over from
 	// an earlier agent: it keeps none on disk, and needs it to fetch metrics and
 	// logs. The control plane calls it for each running sandbox after it has
@@ -115,6 +154,42 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("StopSandbox")),
 			connect.WithClientOptions(opts...),
 		),
+		pauseSandbox: connect.NewClient[hostagent.PauseSandboxRequest, hostagent.PauseSandboxResponse](
+			httpClient,
+			baseURL+HostAgentPauseSandboxProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("PauseSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		resumeSandbox: connect.NewClient[hostagent.ResumeSandboxRequest, hostagent.ResumeSandboxResponse](
+			httpClient,
+			baseURL+HostAgentResumeSandboxProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("ResumeSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		snapshotSandbox: connect.NewClient[hostagent.SnapshotSandboxRequest, hostagent.SnapshotSandboxResponse](
+			httpClient,
+			baseURL+HostAgentSnapshotSandboxProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("SnapshotSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteImage: connect.NewClient[hostagent.DeleteImageRequest, hostagent.DeleteImageResponse](
+			httpClient,
+			baseURL+HostAgentDeleteImageProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("DeleteImage")),
+			connect.WithClientOptions(opts...),
+		),
+		listImages: connect.NewClient[hostagent.ListImagesRequest, hostagent.ListImagesResponse](
+			httpClient,
+			baseURL+HostAgentListImagesProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("ListImages")),
+			connect.WithClientOptions(opts...),
+		),
+		prepareTemplate: connect.NewClient[hostagent.PrepareTemplateRequest, hostagent.PrepareTemplateResponse](
+			httpClient,
+			baseURL+HostAgentPrepareTemplateProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("PrepareTemplate")),
+			connect.WithClientOptions(opts...),
+		),
 		setAccessToken: connect.NewClient[hostagent.SetAccessTokenRequest, hostagent.SetAccessTokenResponse](
 			httpClient,
 			baseURL+HostAgentSetAccessTokenProcedure,
@@ -150,14 +225,20 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 
 // hostAgentClient implements HostAgentClient.
 type hostAgentClient struct {
-	getHost        *connect.Client[hostagent.GetHostRequest, hostagent.GetHostResponse]
-	createSandbox  *connect.Client[hostagent.CreateSandboxRequest, hostagent.CreateSandboxResponse]
-	stopSandbox    *connect.Client[hostagent.StopSandboxRequest, hostagent.StopSandboxResponse]
-	setAccessToken *connect.Client[hostagent.SetAccessTokenRequest, hostagent.SetAccessTokenResponse]
-	listSandboxes  *connect.Client[hostagent.ListSandboxesRequest, hostagent.ListSandboxesResponse]
-	watchSandboxes *connect.Client[hostagent.WatchSandboxesRequest, hostagent.WatchSandboxesResponse]
-	getMetrics     *connect.Client[hostagent.GetMetricsRequest, hostagent.GetMetricsResponse]
-	getLogs        *connect.Client[hostagent.GetLogsRequest, hostagent.GetLogsResponse]
+	getHost         *connect.Client[hostagent.GetHostRequest, hostagent.GetHostResponse]
+	createSandbox   *connect.Client[hostagent.CreateSandboxRequest, hostagent.CreateSandboxResponse]
+	stopSandbox     *connect.Client[hostagent.StopSandboxRequest, hostagent.StopSandboxResponse]
+	pauseSandbox    *connect.Client[hostagent.PauseSandboxRequest, hostagent.PauseSandboxResponse]
+	resumeSandbox   *connect.Client[hostagent.ResumeSandboxRequest, hostagent.ResumeSandboxResponse]
+	snapshotSandbox *connect.Client[hostagent.SnapshotSandboxRequest, hostagent.SnapshotSandboxResponse]
+	deleteImage     *connect.Client[hostagent.DeleteImageRequest, hostagent.DeleteImageResponse]
+	listImages      *connect.Client[hostagent.ListImagesRequest, hostagent.ListImagesResponse]
+	prepareTemplate *connect.Client[hostagent.PrepareTemplateRequest, hostagent.PrepareTemplateResponse]
+	setAccessToken  *connect.Client[hostagent.SetAccessTokenRequest, hostagent.SetAccessTokenResponse]
+	listSandboxes   *connect.Client[hostagent.ListSandboxesRequest, hostagent.ListSandboxesResponse]
+	watchSandboxes  *connect.Client[hostagent.WatchSandboxesRequest, hostagent.WatchSandboxesResponse]
+	getMetrics      *connect.Client[hostagent.GetMetricsRequest, hostagent.GetMetricsResponse]
+	getLogs         *connect.Client[hostagent.GetLogsRequest, hostagent.GetLogsResponse]
 }
 
 // GetHost calls hostagent.HostAgent.GetHost.
@@ -181,6 +262,60 @@ func (c *hostAgentClient) CreateSandbox(ctx context.Context, req *hostagent.Crea
 // StopSandbox calls hostagent.HostAgent.StopSandbox.
 func (c *hostAgentClient) StopSandbox(ctx context.Context, req *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error) {
 	response, err := c.stopSandbox.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// PauseSandbox calls hostagent.HostAgent.PauseSandbox.
+func (c *hostAgentClient) PauseSandbox(ctx context.Context, req *hostagent.PauseSandboxRequest) (*hostagent.PauseSandboxResponse, error) {
+	response, err := c.pauseSandbox.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ResumeSandbox calls hostagent.HostAgent.ResumeSandbox.
+func (c *hostAgentClient) ResumeSandbox(ctx context.Context, req *hostagent.ResumeSandboxRequest) (*hostagent.ResumeSandboxResponse, error) {
+	response, err := c.resumeSandbox.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// SnapshotSandbox calls hostagent.HostAgent.SnapshotSandbox.
+func (c *hostAgentClient) SnapshotSandbox(ctx context.Context, req *hostagent.SnapshotSandboxRequest) (*hostagent.SnapshotSandboxResponse, error) {
+	response, err := c.snapshotSandbox.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// DeleteImage calls hostagent.HostAgent.DeleteImage.
+func (c *hostAgentClient) DeleteImage(ctx context.Context, req *hostagent.DeleteImageRequest) (*hostagent.DeleteImageResponse, error) {
+	response, err := c.deleteImage.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ListImages calls hostagent.HostAgent.ListImages.
+func (c *hostAgentClient) ListImages(ctx context.Context, req *hostagent.ListImagesRequest) (*hostagent.ListImagesResponse, error) {
+	response, err := c.listImages.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// PrepareTemplate calls hostagent.HostAgent.PrepareTemplate.
+func (c *hostAgentClient) PrepareTemplate(ctx context.Context, req *hostagent.PrepareTemplateRequest) (*hostagent.PrepareTemplateResponse, error) {
+	response, err := c.prepareTemplate.CallUnary(ctx, connect.NewRequest(req))
 	if response != nil {
 		return response.Msg, err
 	}
@@ -232,13 +367,38 @@ func (c *hostAgentClient) GetLogs(ctx context.Context, req *hostagent.GetLogsReq
 type HostAgentHandler interface {
 	// GetHost says what the host has and how much of it is taken.
 	GetHost(context.Context, *hostagent.GetHostRequest) (*hostagent.GetHostResponse, error)
-	// CreateSandbox makes a sandbox and returns when its guest agent serves.
-	// Errors: already_exists (the id is taken), not_found (template build not on
-	// this host), resource_exhausted. A failure leaves nothing behind.
+	// CreateSandbox makes a sandbox, of a template or of an image, and returns
+	// when its guest agent serves. Errors: already_exists (the id is taken),
+	// not_found (template build or image not on this host), invalid_argument (the
+	// image is damaged or of another engine), resource_exhausted. A failure leaves
+	// nothing behind.
 	CreateSandbox(context.Context, *hostagent.CreateSandboxRequest) (*hostagent.CreateSandboxResponse, error)
-	// StopSandbox ends a sandbox and frees all it holds. Idempotent: an unknown
-	// id is a success.
+	// StopSandbox ends a sandbox, in whatever state it is, and frees all it holds,
+	// the image of a paused one included. Idempotent: an unknown id is a success.
 	StopSandbox(context.Context, *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error)
+	// PauseSandbox writes a running sandbox to disk and frees everything else that
+	// it holds. When it fails the sandbox goes on running. Errors: not_found,
+	// already_exists (it is not running), resource_exhausted (no room on the disk).
+	PauseSandbox(context.Context, *hostagent.PauseSandboxRequest) (*hostagent.PauseSandboxResponse, error)
+	// ResumeSandbox lets a paused sandbox go on and returns when its guest agent
+	// serves. When it fails the sandbox is paused as before. Errors: not_found,
+	// already_exists (it is not paused), invalid_argument (its image is damaged or
+	// of another engine), resource_exhausted.
+	ResumeSandbox(context.Context, *hostagent.ResumeSandboxRequest) (*hostagent.ResumeSandboxResponse, error)
+	// SnapshotSandbox writes an image of a running sandbox, which goes on, or of a
+	// paused one. The caller names the image and keeps it in its records: of an
+	// image that nobody deletes the agent is not rid. Errors: not_found,
+	// already_exists (the sandbox is in transition, or the image's id is taken),
+	// resource_exhausted.
+	SnapshotSandbox(context.Context, *hostagent.SnapshotSandboxRequest) (*hostagent.SnapshotSandboxResponse, error)
+	// DeleteImage removes an image. Idempotent: an unknown id is a success.
+	DeleteImage(context.Context, *hostagent.DeleteImageRequest) (*hostagent.DeleteImageResponse, error)
+	// ListImages returns the images that SnapshotSandbox has made, those of paused
+	// sandboxes left out: they go with the sandbox.
+	ListImages(context.Context, *hostagent.ListImagesRequest) (*hostagent.ListImagesResponse, error)
+	// PrepareTemplate has the agent keep sandboxes of a template ready. It returns
+	// at once; the work goes on in the background. not_found: no such build here.
+	PrepareTemplate(context.Context, *hostagent.PrepareTemplateRequest) (*hostagent.PrepareTemplateResponse, error)
 	// SetAccessToken gives the agent the token of a sandbox that it took over from
 	// an earlier agent: it keeps none on disk, and needs it to fetch metrics and
 	// logs. The control plane calls it for each running sandbox after it has
@@ -283,6 +443,42 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("StopSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentPauseSandboxHandler := connect.NewUnaryHandlerSimple(
+		HostAgentPauseSandboxProcedure,
+		svc.PauseSandbox,
+		connect.WithSchema(hostAgentMethods.ByName("PauseSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentResumeSandboxHandler := connect.NewUnaryHandlerSimple(
+		HostAgentResumeSandboxProcedure,
+		svc.ResumeSandbox,
+		connect.WithSchema(hostAgentMethods.ByName("ResumeSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentSnapshotSandboxHandler := connect.NewUnaryHandlerSimple(
+		HostAgentSnapshotSandboxProcedure,
+		svc.SnapshotSandbox,
+		connect.WithSchema(hostAgentMethods.ByName("SnapshotSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentDeleteImageHandler := connect.NewUnaryHandlerSimple(
+		HostAgentDeleteImageProcedure,
+		svc.DeleteImage,
+		connect.WithSchema(hostAgentMethods.ByName("DeleteImage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentListImagesHandler := connect.NewUnaryHandlerSimple(
+		HostAgentListImagesProcedure,
+		svc.ListImages,
+		connect.WithSchema(hostAgentMethods.ByName("ListImages")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentPrepareTemplateHandler := connect.NewUnaryHandlerSimple(
+		HostAgentPrepareTemplateProcedure,
+		svc.PrepareTemplate,
+		connect.WithSchema(hostAgentMethods.ByName("PrepareTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentSetAccessTokenHandler := connect.NewUnaryHandlerSimple(
 		HostAgentSetAccessTokenProcedure,
 		svc.SetAccessToken,
@@ -321,6 +517,18 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentCreateSandboxHandler.ServeHTTP(w, r)
 		case HostAgentStopSandboxProcedure:
 			hostAgentStopSandboxHandler.ServeHTTP(w, r)
+		case HostAgentPauseSandboxProcedure:
+			hostAgentPauseSandboxHandler.ServeHTTP(w, r)
+		case HostAgentResumeSandboxProcedure:
+			hostAgentResumeSandboxHandler.ServeHTTP(w, r)
+		case HostAgentSnapshotSandboxProcedure:
+			hostAgentSnapshotSandboxHandler.ServeHTTP(w, r)
+		case HostAgentDeleteImageProcedure:
+			hostAgentDeleteImageHandler.ServeHTTP(w, r)
+		case HostAgentListImagesProcedure:
+			hostAgentListImagesHandler.ServeHTTP(w, r)
+		case HostAgentPrepareTemplateProcedure:
+			hostAgentPrepareTemplateHandler.ServeHTTP(w, r)
 		case HostAgentSetAccessTokenProcedure:
 			hostAgentSetAccessTokenHandler.ServeHTTP(w, r)
 		case HostAgentListSandboxesProcedure:
@@ -350,6 +558,30 @@ func (UnimplementedHostAgentHandler) CreateSandbox(context.Context, *hostagent.C
 
 func (UnimplementedHostAgentHandler) StopSandbox(context.Context, *hostagent.StopSandboxRequest) (*hostagent.StopSandboxResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.StopSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) PauseSandbox(context.Context, *hostagent.PauseSandboxRequest) (*hostagent.PauseSandboxResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.PauseSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) ResumeSandbox(context.Context, *hostagent.ResumeSandboxRequest) (*hostagent.ResumeSandboxResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.ResumeSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) SnapshotSandbox(context.Context, *hostagent.SnapshotSandboxRequest) (*hostagent.SnapshotSandboxResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.SnapshotSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) DeleteImage(context.Context, *hostagent.DeleteImageRequest) (*hostagent.DeleteImageResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.DeleteImage is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) ListImages(context.Context, *hostagent.ListImagesRequest) (*hostagent.ListImagesResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.ListImages is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) PrepareTemplate(context.Context, *hostagent.PrepareTemplateRequest) (*hostagent.PrepareTemplateResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.HostAgent.PrepareTemplate is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) SetAccessToken(context.Context, *hostagent.SetAccessTokenRequest) (*hostagent.SetAccessTokenResponse, error) {
