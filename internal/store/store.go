@@ -254,7 +254,7 @@ type SnapshotFilter struct {
 	TeamID    string
 	HostID    string
 	SandboxID sandbox.ID
-	Name      string
+	Ref       string // its id or its name
 	States    []SnapshotState
 	After     *SnapshotCursor // only what comes after this one
 	Limit     int             // 0: all

@@ -41,8 +41,8 @@ func (s snapshots) List(ctx context.Context, f store.SnapshotFilter) ([]store.Sn
 	if f.SandboxID != "" {
 		where.add("sandbox_id = $%d", f.SandboxID)
 	}
-	if f.Name != "" {
-		where.add("name = $%d", f.Name)
+	if f.Ref != "" {
+		where.add("(id = $%d OR name = $%d)", f.Ref, f.Ref)
 	}
 	if len(f.States) > 0 {
 		addIn(&where, "state", f.States)

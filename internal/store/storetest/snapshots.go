@@ -102,13 +102,15 @@ func testSnapshotFilters(t *testing.T, s store.Store) {
 		"team":    {store.SnapshotFilter{TeamID: "t1"}, []int{1, 2, 3, 4}},
 		"host":    {store.SnapshotFilter{HostID: "h2"}, []int{0}},
 		"sandbox": {store.SnapshotFilter{SandboxID: "other"}, []int{2}},
-		"name":    {store.SnapshotFilter{TeamID: "t1", Name: "mine"}, []int{1, 2, 4}},
+		"name":    {store.SnapshotFilter{TeamID: "t1", Ref: "mine"}, []int{1, 2, 4}},
+		"id":      {store.SnapshotFilter{TeamID: "t1", Ref: all[3].ID}, []int{3}},
+		"not its": {store.SnapshotFilter{TeamID: "t1", Ref: all[0].ID}, nil},
 		"state":   {store.SnapshotFilter{States: []store.SnapshotState{store.SnapshotCreating}}, []int{1}},
 		"states":  {store.SnapshotFilter{TeamID: "t1", States: []store.SnapshotState{store.SnapshotReady, store.SnapshotDeleting}}, []int{2, 3, 4}},
 		"after":   {store.SnapshotFilter{After: at(2), Limit: 9}, []int{3, 4}},
 		"limit":   {store.SnapshotFilter{After: at(0), Limit: 2}, []int{1, 2}},
-		"all":     {store.SnapshotFilter{TeamID: "t1", HostID: "h1", SandboxID: "parent", Name: "mine", States: []store.SnapshotState{store.SnapshotReady}, Limit: 1}, []int{4}},
-		"none":    {store.SnapshotFilter{TeamID: "t2", Name: "other"}, nil},
+		"all":     {store.SnapshotFilter{TeamID: "t1", HostID: "h1", SandboxID: "parent", Ref: "mine", States: []store.SnapshotState{store.SnapshotReady}, Limit: 1}, []int{4}},
+		"none":    {store.SnapshotFilter{TeamID: "t2", Ref: "other"}, nil},
 	} {
 		var want []store.Snapshot
 		for _, i := range c.want {
