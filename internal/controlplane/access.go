@@ -21,6 +21,14 @@ func (c *ControlPlane) AccessToken(id sandbox.ID) string {
 	return hex.EncodeToString(c.derive("envd", id))
 }
 
+// agentToken is AccessToken where the sandbox is secured, else empty.
+func (c *ControlPlane) agentToken(b sandbox.Sandbox) string {
+	if !b.Spec.Secured {
+		return ""
+	}
+	return c.AccessToken(b.ID)
+}
+
 // TrafficToken is the token that the other ports of a sandbox want where it is
 // protected, derived as well.
 func (c *ControlPlane) TrafficToken(id sandbox.ID) string {
@@ -39,6 +47,7 @@ func (c *ControlPlane) target(b sandbox.Sandbox, addr netip.Addr) proxy.Target {
 	return proxy.Target{SandboxID: string(b.ID), Addr: addr, Access: proxy.Access{
 		Protected: b.Spec.Protected, Token: c.TrafficToken(b.ID),
 		LinkKey: c.derive("preview-link", b.ID), MaskRequestHost: b.Spec.MaskRequestHost,
+		AgentToken: c.agentToken(b),
 	}}
 }
 

@@ -37,6 +37,9 @@ type Config struct {
 
 // Limits bound what users can ask for. Zero fields get the defaults.
 type Limits struct {
+	TeamSandboxes  int   // a team's sandboxes that take memory at once; 0: any number
+	TeamImageBytes int64 // room on disk for a team's snapshots and paused sandboxes; 0: any
+
 	MaxTimeout time.Duration     // longest time to live from now; 24 h
 	Resources  sandbox.Resources // where template and request name none; 2 CPUs, 512 MiB, 4 GiB disk, 4096 tasks
 	Max        sandbox.Resources // most that a request can ask for; 8 CPUs, 8 GiB, 32 GiB disk, 32768 tasks
@@ -51,9 +54,10 @@ func (l *Limits) setDefaults() {
 }
 
 const (
-	createLimit   = 2 * time.Minute  // for the agent to make a sandbox
-	endLimit      = time.Minute      // for the agent to tear one down
-	recordsKept   = 24 * time.Hour   // how long the record of an ended sandbox is kept
+	createLimit   = 2 * time.Minute // for the agent to make a sandbox
+	endLimit      = time.Minute     // for the agent to tear one down
+	recordsKept   = 24 * time.Hour  // how long the record of an ended sandbox is kept
+	eventsKept    = 30 * 24 * time.Hour
 	reconcileGap  = 30 * time.Second // between looks for what an outage left undone
 	purgeInterval = time.Hour
 )
@@ -83,7 +87,7 @@ func New(cfg Config) *ControlPlane {
 	return &ControlPlane{
 		cfg: cfg, log: cfg.Log, boxes: cfg.Store.Sandboxes(),
 		live:         live{entries: make(map[sandbox.ID]proxy.Target)},
-		ops:          operations{creating: make(map[sandbox.ID]*creation), ending: make(map[sandbox.ID]*ending)},
+		ops:          newOperations(),
 		keys:         keyCache{entries: make(map[[32]byte]cachedKey)},
 		expiry:       expiry{wake: make(chan struct{}, 1)},
 		reconcileNow: make(chan struct{}, 1),
@@ -107,7 +111,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// purge deletes records of long ended sandboxes.
+// purge deletes records of long ended sandboxes, and old events.
 func (c *ControlPlane) purge(ctx context.Context) {
 	tick := time.NewTicker(purgeInterval)
 	defer tick.Stop()
@@ -117,6 +121,9 @@ func (c *ControlPlane) purge(ctx context.Context) {
 			c.log.Error("purge records of ended sandboxes", "err", err)
 		} else if n > 0 {
 			c.log.Info("purged records of ended sandboxes", "count", n)
+		}
+		if _, err := c.cfg.Store.Events().Purge(ctx, time.Now().Add(-eventsKept)); err != nil && ctx.Err() == nil {
+			c.log.Error("purge events", "err", err)
 		}
 		select {
 		case <-ctx.Done():

@@ -206,7 +206,7 @@ func TestSandboxesOfAnotherTeamDoNotExist(t *testing.T) {
 	is(t, r.Kill(ctx, "other", b.ID), sandbox.ErrNotFound)
 	is(t, r.SetTimeout(ctx, "other", b.ID, time.Second), sandbox.ErrNotFound)
 	is(t, r.Refresh(ctx, "other", b.ID, time.Second), sandbox.ErrNotFound)
-	_, err = r.Connect(ctx, "other", b.ID, time.Second)
+	_, _, err = r.Connect(ctx, "other", b.ID, controlplane.ConnectRequest{Timeout: time.Second})
 	is(t, err, sandbox.ErrNotFound)
 	_, err = r.Metrics(ctx, "other", b.ID, time.Time{}, time.Time{})
 	is(t, err, sandbox.ErrNotFound)
@@ -241,7 +241,7 @@ func TestKillEndsASandboxOnceAndSaysSoAfterwards(t *testing.T) {
 	_, err = r.Get(t.Context(), team, b.ID)
 	is(t, err, sandbox.ErrNotFound)
 	contains(t, err.Error(), "ended at", "killed")
-	_, err = r.Connect(t.Context(), team, b.ID, time.Minute)
+	_, _, err = r.Connect(t.Context(), team, b.ID, controlplane.ConnectRequest{Timeout: time.Minute})
 	is(t, err, sandbox.ErrNotFound)
 }
 
@@ -257,7 +257,7 @@ func TestASecondKillWaitsForTheFirst(t *testing.T) {
 	for range 8 {
 		go kill()
 	}
-	_, err := r.Connect(t.Context(), team, b.ID, time.Minute)
+	_, _, err := r.Connect(t.Context(), team, b.ID, controlplane.ConnectRequest{Timeout: time.Minute})
 	is(t, err, sandbox.ErrConflict)
 	select {
 	case err := <-results:
@@ -429,7 +429,7 @@ func TestRacingOperationsWithAnUnreliableAgentEndClean(t *testing.T) {
 				case 0:
 					r.agent.End(b.ID, "crashed")
 				case 1:
-					_, _ = r.Connect(t.Context(), team, b.ID, time.Duration(1+rand.IntN(100))*time.Millisecond)
+					_, _, _ = r.Connect(t.Context(), team, b.ID, controlplane.ConnectRequest{Timeout: time.Duration(1+rand.IntN(100)) * time.Millisecond})
 				case 2:
 					go func() { _ = r.Kill(context.WithoutCancel(ctx), team, b.ID) }()
 					_ = r.Kill(t.Context(), team, b.ID)

@@ -17,7 +17,7 @@ import (
 
 // CreateRequest is what a user asks for when creating a sandbox.
 type CreateRequest struct {
-	Template            string // id or alias
+	Template            string // id or name of a template or a snapshot
 	Timeout             time.Duration
 	Metadata            map[string]string
 	EnvVars             map[string]string
@@ -26,6 +26,17 @@ type CreateRequest struct {
 	Protected           bool              // ports want the traffic token; needs Secured
 	MaskRequestHost     string            // see sandbox.CheckMaskRequestHost; may be empty
 	Resources           sandbox.Resources // zero fields: the template's
+	AutoPause           bool              // pause it at the end of its time to live
+	AutoPauseMemory     bool              // and keep its memory then
+	AutoResume          bool              // resume it when a request comes for it; needs AutoPause with memory
+	Start               string            // how to start it from a template, see hostagent.CreateSandboxRequest; for measurements
+}
+
+// startFrom is what a sandbox is made of: a template, or the image of a snapshot.
+type startFrom struct {
+	template store.Template
+	image    *store.Snapshot // nil: the template
+	how      string
 }
 
 // Create makes a sandbox of the team and returns when its guest agent serves. A
@@ -38,35 +49,64 @@ func (c *ControlPlane) Create(ctx context.Context, teamID string, req CreateRequ
 	if err := checkAccess(req); err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	tpl, err := c.Template(ctx, teamID, req.Template)
+	b := sandbox.Sandbox{TeamID: teamID, Spec: sandbox.Spec{
+		EnvVars: maps.Clone(req.EnvVars), Metadata: maps.Clone(req.Metadata),
+		Secured: req.Secured, AllowInternetAccess: req.AllowInternetAccess, Timeout: req.Timeout,
+		Protected: req.Protected, MaskRequestHost: req.MaskRequestHost,
+		AutoPause: req.AutoPause, AutoPauseMemory: req.AutoPauseMemory, AutoResume: req.AutoResume,
+	}}
+	from, err := c.startOf(ctx, &b, req)
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	res, err := c.resources(req.Resources, tpl)
-	if err != nil {
+	if err := c.checkSandboxes(ctx, teamID, 1); err != nil {
 		return sandbox.Sandbox{}, err
 	}
+	return c.launch(ctx, b, from)
+}
+
+// startOf finds what was asked for, and notes in b what it comes from.
+func (c *ControlPlane) startOf(ctx context.Context, b *sandbox.Sandbox, req CreateRequest) (startFrom, error) {
+	tpl, err := c.Template(ctx, b.TeamID, req.Template)
+	if err == nil {
+		b.Spec.TemplateID, b.Spec.BuildID, b.Alias = tpl.ID, tpl.BuildID, tpl.Alias
+		b.Spec.Resources, err = c.resources(req.Resources, tpl)
+		return startFrom{template: tpl, how: req.Start}, err
+	}
+	if !errors.Is(err, sandbox.ErrNotFound) {
+		return startFrom{}, err
+	}
+	snap, serr := c.FindSnapshot(ctx, b.TeamID, req.Template)
+	if errors.Is(serr, sandbox.ErrNotFound) {
+		return startFrom{}, err
+	}
+	if serr != nil {
+		return startFrom{}, serr
+	}
+	if asked := or(req.Resources, snap.Resources); asked != snap.Resources {
+		return startFrom{}, sandbox.Errorf(sandbox.ErrInvalid, "a sandbox of a snapshot has the resources of the one that the snapshot was taken of")
+	}
+	b.Spec.TemplateID, b.Spec.BuildID, b.Spec.SnapshotID, b.Alias = snap.TemplateID, snap.BuildID, snap.ID, snap.Alias
+	b.Spec.Resources = snap.Resources
+	return startFrom{image: &snap}, nil
+}
+
+// launch makes the sandbox that b describes.
+func (c *ControlPlane) launch(ctx context.Context, b sandbox.Sandbox, from startFrom) (sandbox.Sandbox, error) {
 	now := time.Now()
-	b := sandbox.Sandbox{
-		ID: sandbox.NewID(), TeamID: teamID, HostID: c.cfg.HostID, Alias: tpl.Alias,
-		// There is no queue: recorded and handed to the agent is one step.
-		State: sandbox.Starting, Created: now, Ends: now.Add(req.Timeout),
-		Spec: sandbox.Spec{
-			TemplateID: tpl.ID, BuildID: tpl.BuildID, Resources: res,
-			EnvVars: maps.Clone(req.EnvVars), Metadata: maps.Clone(req.Metadata),
-			Secured: req.Secured, AllowInternetAccess: req.AllowInternetAccess, Timeout: req.Timeout,
-			Protected: req.Protected, MaskRequestHost: req.MaskRequestHost,
-		},
-	}
+	// There is no queue: recorded and handed to the agent is one step.
+	b.ID, b.HostID, b.State = sandbox.NewID(), c.cfg.HostID, sandbox.Starting
+	b.Created, b.Changed, b.Ends = now, now, now.Add(b.Spec.Timeout)
+	b.Started, b.Address, b.EnvdVersion, b.Reason = time.Time{}, "", "", ""
 	rpcCtx, cancel := context.WithTimeout(ctx, createLimit)
 	defer cancel()
-	finish := c.ops.beginCreate(b.ID, cancel)
+	_, finish := c.ops.beginMove(b.ID, cancel) // the id is new: nobody else is at it
 	defer finish()
 	// A cancelled insert may have happened or not; one that is seen through has.
 	if err := c.boxes.Insert(context.WithoutCancel(ctx), b); err != nil {
 		return sandbox.Sandbox{}, fmt.Errorf("record sandbox: %w", err)
 	}
-	err = c.start(rpcCtx, &b, tpl)
+	err := c.start(rpcCtx, &b, from)
 	if err == nil && ctx.Err() != nil {
 		err = fmt.Errorf("create sandbox: %w", ctx.Err())
 	}
@@ -78,15 +118,18 @@ func (c *ControlPlane) Create(ctx context.Context, teamID string, req CreateRequ
 }
 
 // start has the agent make the sandbox and records it as running.
-func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, tpl store.Template) error {
+func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, from startFrom) error {
 	req := &hostagent.CreateSandboxRequest{
 		SandboxId: string(b.ID), TemplateId: b.Spec.TemplateID, BuildId: b.Spec.BuildID,
-		Resources: &hostagent.Resources{
-			Cpus: int32(b.Spec.Resources.CPUs), MemoryMib: b.Spec.Resources.MemoryMiB,
-			DiskMib: b.Spec.Resources.DiskMiB, Pids: b.Spec.Resources.PIDs,
-		},
-		EnvVars: environment(tpl, b.Spec), AllowInternetAccess: b.Spec.AllowInternetAccess,
-		DefaultUser: tpl.User, DefaultWorkdir: tpl.Workdir,
+		Resources: resourcesMessage(b.Spec.Resources), AllowInternetAccess: b.Spec.AllowInternetAccess,
+		EnvVars: environment(from.template, b.Spec), Start: from.how,
+		DefaultUser: from.template.User, DefaultWorkdir: from.template.Workdir,
+	}
+	if im := from.image; im != nil {
+		req.ImageId, req.DefaultUser, req.DefaultWorkdir = im.ID, im.User, im.Workdir
+		if im.Secured {
+			req.ImageAccessToken = c.AccessToken(im.SandboxID)
+		}
 	}
 	if b.Spec.Secured {
 		req.AccessToken = c.AccessToken(b.ID)
@@ -107,10 +150,41 @@ func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, tpl store.
 	c.remember(*b, addr)
 	err = c.boxes.Transition(context.WithoutCancel(ctx), b.ID, sandbox.Starting, store.Change{
 		State: sandbox.Running, Address: b.Address, EnvdVersion: b.EnvdVersion, Started: b.Started, Ends: b.Ends,
+		Cause: startedFrom[resp.GetStartedFrom()],
 	})
 	if err != nil {
 		c.forget(b.ID)
 		return fmt.Errorf("record sandbox as running: %w", err)
+	}
+	return nil
+}
+
+// startedFrom says in words what a sandbox was started from.
+var startedFrom = map[string]string{
+	"pool":     "an instance was ready",
+	"image":    "restored from its template's memory image",
+	"boot":     "booted",
+	"snapshot": "restored from an image",
+}
+
+func resourcesMessage(r sandbox.Resources) *hostagent.Resources {
+	return &hostagent.Resources{Cpus: int32(r.CPUs), MemoryMib: r.MemoryMiB, DiskMib: r.DiskMiB, Pids: r.PIDs}
+}
+
+// KeepReady has the host keep sandboxes of a template ready, with the resources
+// that a request gets which names none.
+func (c *ControlPlane) KeepReady(ctx context.Context, templateID string) error {
+	tpl, err := c.cfg.Store.Templates().Get(ctx, templateID)
+	if err != nil {
+		return fmt.Errorf("look up template: %w", err)
+	}
+	res, err := c.resources(sandbox.Resources{}, tpl)
+	if err != nil {
+		return err
+	}
+	_, err = c.cfg.Agent.PrepareTemplate(ctx, &hostagent.PrepareTemplateRequest{BuildId: tpl.BuildID, Resources: resourcesMessage(res)})
+	if err != nil {
+		return agentError("prepare template", err)
 	}
 	return nil
 }
@@ -195,6 +269,8 @@ func agentError(what string, err error) error {
 		return &sandbox.Error{Kind: sandbox.ErrInvalid, Message: e.Message()}
 	case connect.CodeNotFound:
 		return &sandbox.Error{Kind: sandbox.ErrNotFound, Message: e.Message()}
+	case connect.CodeAlreadyExists:
+		return &sandbox.Error{Kind: sandbox.ErrConflict, Message: e.Message()}
 	case connect.CodeResourceExhausted:
 		// Not the caller's quota: the host is full.
 		return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "no capacity: " + e.Message()}

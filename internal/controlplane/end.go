@@ -104,10 +104,10 @@ func (c *ControlPlane) moveToStopping(ctx context.Context, id sandbox.ID, o outc
 
 // finishStopping has the agent free the sandbox and records the end.
 func (c *ControlPlane) finishStopping(ctx context.Context, id sandbox.ID, o outcome) error {
-	if cr := c.ops.creation(id); cr != nil {
-		cr.cancel()
+	if mv := c.ops.move(id); mv != nil {
+		mv.cancel()
 		select {
-		case <-cr.done:
+		case <-mv.done:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -157,8 +157,10 @@ func (c *ControlPlane) fail(ctx context.Context, id sandbox.ID, from sandbox.Sta
 	return nil
 }
 
-// EndAll ends every sandbox of the host, for a platform that is going away.
+// EndAll ends every sandbox of the host that runs, for a platform that is going
+// away. Those that are paused, or are being paused, stay.
 func (c *ControlPlane) EndAll(ctx context.Context, reason string) error {
+	c.ops.settled(ctx)
 	live, err := c.boxes.List(ctx, store.Filter{HostID: c.cfg.HostID, States: []sandbox.State{
 		sandbox.Pending, sandbox.Starting, sandbox.Running, sandbox.Stopping,
 	}})

@@ -31,24 +31,16 @@ func (c *ControlPlane) SetTimeout(ctx context.Context, teamID string, id sandbox
 
 // Refresh makes the sandbox live at least until d from now.
 func (c *ControlPlane) Refresh(ctx context.Context, teamID string, id sandbox.ID, d time.Duration) error {
-	_, err := c.Connect(ctx, teamID, id, d)
-	return err
-}
-
-// Connect is Refresh for somebody who is about to use the sandbox, and returns it.
-func (c *ControlPlane) Connect(ctx context.Context, teamID string, id sandbox.ID, d time.Duration) (sandbox.Sandbox, error) {
 	if err := c.checkTimeout(d); err != nil {
-		return sandbox.Sandbox{}, err
+		return err
 	}
-	b, err := c.running(ctx, teamID, id)
-	if err != nil {
-		return b, err
+	if _, err := c.running(ctx, teamID, id); err != nil {
+		return err
 	}
-	b.Ends, err = c.boxes.ExtendEnds(ctx, id, time.Now().Add(d))
-	if err != nil {
-		return b, c.whyNotRunning(ctx, teamID, id, err)
+	if _, err := c.boxes.ExtendEnds(ctx, id, time.Now().Add(d)); err != nil {
+		return c.whyNotRunning(ctx, teamID, id, err)
 	}
-	return b, nil
+	return nil
 }
 
 // running returns the team's sandbox if it runs. One that is coming or going
@@ -107,7 +99,7 @@ const (
 	storeRetry = time.Second      // after the store failed
 )
 
-// expire ends sandboxes when their time is over, until ctx is cancelled.
+// expire ends or pauses sandboxes when their time is over, until ctx is cancelled.
 func (c *ControlPlane) expire(ctx context.Context, wg *sync.WaitGroup) {
 	for {
 		// Until the plan is known every change wakes the loop, so that none that
@@ -144,8 +136,8 @@ func (c *ControlPlane) expire(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
-// expireDue ends every sandbox whose time is over. It returns when all are
-// recorded as ending; what the agent has to do goes on in wg.
+// expireDue ends or pauses every sandbox whose time is over. It returns when all
+// are recorded as ending or pausing; what the agent has to do goes on in wg.
 func (c *ControlPlane) expireDue(ctx context.Context, wg *sync.WaitGroup, now time.Time) error {
 	due, err := c.boxes.List(ctx, store.Filter{
 		HostID: c.cfg.HostID, States: []sandbox.State{sandbox.Running}, EndsBy: now, Ascending: true,
@@ -155,7 +147,7 @@ func (c *ControlPlane) expireDue(ctx context.Context, wg *sync.WaitGroup, now ti
 	}
 	var errs []error
 	for _, b := range due {
-		finish, err := c.claimEnd(ctx, b.ID, outcome{state: sandbox.Stopped, reason: "its timeout expired", ifEndsBy: now})
+		finish, err := c.claimExpiry(ctx, b, now)
 		if err != nil {
 			errs = append(errs, ignoreLost(err))
 			continue
@@ -167,4 +159,16 @@ func (c *ControlPlane) expireDue(ctx context.Context, wg *sync.WaitGroup, now ti
 		})
 	}
 	return errors.Join(errs...)
+}
+
+// expired is why a sandbox whose time is over ends or is paused.
+const expired = "its timeout expired"
+
+// claimExpiry records what becomes of a sandbox whose time is over, and returns the
+// rest of the work.
+func (c *ControlPlane) claimExpiry(ctx context.Context, b sandbox.Sandbox, now time.Time) (finish func() error, err error) {
+	if !b.Spec.AutoPause {
+		return c.claimEnd(ctx, b.ID, outcome{state: sandbox.Stopped, reason: expired, ifEndsBy: now})
+	}
+	return c.claimPause(ctx, b, b.Spec.AutoPauseMemory, store.Change{Cause: expired, IfEndsBy: now})
 }

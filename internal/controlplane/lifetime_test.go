@@ -40,7 +40,7 @@ func TestEachSandboxEndsAtItsOwnTime(t *testing.T) {
 func TestAnExtendedSandboxOutlivesItsFirstEnd(t *testing.T) {
 	r := newRig(t).run()
 	a, b := r.create(200*time.Millisecond), r.create(200*time.Millisecond)
-	if _, err := r.Connect(t.Context(), team, a.ID, time.Hour); err != nil {
+	if _, _, err := r.Connect(t.Context(), team, a.ID, controlplane.ConnectRequest{Timeout: time.Hour}); err != nil {
 		t.Fatal(err)
 	}
 	r.await(b.ID, sandbox.Stopped) // the first end has passed
@@ -103,7 +103,7 @@ func TestAKillDoesNotShareTheFateOfAnExpiryThatIsPutOff(t *testing.T) {
 func TestConnectAndRefreshOnlyExtend(t *testing.T) {
 	r := newRig(t)
 	b := r.create(time.Hour)
-	got, err := r.Connect(t.Context(), team, b.ID, time.Minute)
+	got, _, err := r.Connect(t.Context(), team, b.ID, controlplane.ConnectRequest{Timeout: time.Minute})
 	if err != nil || !got.Ends.Equal(b.Ends.UTC()) {
 		t.Errorf("connect moved the end from %v to %v, %v", b.Ends, got.Ends, err)
 	}

@@ -74,10 +74,10 @@ func (c *ControlPlane) follow(ctx context.Context, wg *sync.WaitGroup) error {
 // onEnded records the end of a sandbox that nobody asked for.
 func (c *ControlPlane) onEnded(ctx context.Context, s *hostagent.SandboxStatus) {
 	id := sandbox.ID(s.GetSandboxId())
-	if cr := c.ops.creation(id); cr != nil {
+	if mv := c.ops.move(id); mv != nil {
 		// It may have ended between the agent's answer and our record of it.
 		select {
-		case <-cr.done:
+		case <-mv.done:
 		case <-ctx.Done():
 			return
 		}
@@ -122,7 +122,7 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 	// Records first: what runs by its record and is not on the agent afterwards
 	// has ended meanwhile or is lost; the transition tells which.
 	records, err := c.boxes.List(ctx, store.Filter{HostID: c.cfg.HostID, States: []sandbox.State{
-		sandbox.Pending, sandbox.Starting, sandbox.Running, sandbox.Stopping,
+		sandbox.Pending, sandbox.Starting, sandbox.Running, sandbox.Pausing, sandbox.Paused, sandbox.Resuming, sandbox.Stopping,
 	}})
 	if err != nil {
 		return fmt.Errorf("list records: %w", err)
@@ -136,15 +136,18 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 		s := have[b.ID]
 		switch {
 		case c.ops.busy(b.ID):
-		case b.State == sandbox.Running && s == nil:
+		case s == nil && keptByHost(b.State):
 			missing = append(missing, b)
-		case b.State == sandbox.Running && sandbox.State(s.GetState()).Final():
+		case keptByHost(b.State) && sandbox.State(s.GetState()).Final():
 			err = errors.Join(err, ignoreLost(c.fail(ctx, b.ID, b.State, endReason(s), s.GetChangedAt().AsTime())))
 		case b.State == sandbox.Running:
 			c.follows(b, s)
 			if connected {
 				err = errors.Join(err, c.giveToken(ctx, b))
 			}
+		case b.State == sandbox.Pausing || b.State == sandbox.Resuming:
+			err = errors.Join(err, ignoreLost(c.settleAs(ctx, b, s, "the control plane was restarted meanwhile")))
+		case b.State == sandbox.Paused:
 		case b.State == sandbox.Stopping:
 			end := sandbox.Stopped
 			if strings.HasPrefix(b.Reason, createFailed) {
@@ -157,7 +160,17 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 			})
 		}
 	}
-	return errors.Join(err, c.declareLost(ctx, missing), c.stopOrphans(ctx, wg, have))
+	return errors.Join(err, c.declareLost(ctx, missing), c.stopOrphans(ctx, wg, have), c.collectImages(ctx))
+}
+
+// keptByHost reports whether the agent has a sandbox that is in this state by its
+// record, once it was in it.
+func keptByHost(s sandbox.State) bool {
+	switch s {
+	case sandbox.Running, sandbox.Pausing, sandbox.Paused, sandbox.Resuming:
+		return true
+	}
+	return false
 }
 
 // listAgent returns what the agent has and what of the past it remembers.

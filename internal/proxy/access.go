@@ -25,6 +25,9 @@ type Access struct {
 	// LinkKey signs the preview links of this sandbox; see SignLink. Without a
 	// key no link is valid.
 	LinkKey []byte
+	// AgentToken is what the guest agent wants; empty: nothing. Who does not know it
+	// does not wake a sandbox by calling the guest agent.
+	AgentToken string
 	// MaskRequestHost, unless empty, is the Host that applications see, with
 	// sandbox.MaskPort in place of the port's number.
 	MaskRequestHost string

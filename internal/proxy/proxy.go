@@ -32,6 +32,9 @@ type Target struct {
 	// Agent is where the data plane of the sandbox's host agent listens, when the
 	// sandbox is on another host: then requests go there, see Config.Hop.
 	Agent netip.AddrPort
+	// Wake, unless nil, says that the sandbox is paused and is to be resumed for
+	// whoever may reach it; it returns where it is reached then.
+	Wake func(ctx context.Context) (Target, error)
 }
 
 // A Resolver finds running sandboxes. Errors are of the kinds of package sandbox:
@@ -186,9 +189,13 @@ func (p *Proxy) serve(s *stream, r *http.Request) {
 	}
 	s.aim(where)
 	p.attribute(s)
-	if s.admit(r, where.Access) {
-		p.carry(s, r)
+	if !s.admit(r, where.Access) {
+		return
 	}
+	if where.Wake != nil && !s.wake(r, where) {
+		return
+	}
+	p.carry(s, r)
 }
 
 // carry sends the request on and the answer back.

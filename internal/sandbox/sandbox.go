@@ -40,6 +40,7 @@ type Sandbox struct {
 	Spec        Spec
 	State       State
 	MemoryKept  bool      // while Paused: its memory is kept, not only its files
+	ImageBytes  int64     // while Paused: what its image takes on its host's disk
 	Reason      string    // why it is Stopped or Failed; shown to users
 	Address     string    // IP address at which the host agent reaches the guest; empty until Running
 	EnvdVersion string    // version of the guest agent in it; empty until Running

@@ -119,6 +119,9 @@ type Sandboxes interface {
 	// when none runs.
 	NextEnd(ctx context.Context, hostID string) (time.Time, bool, error)
 
+	// ImageBytes returns what the images of the team's paused sandboxes take.
+	ImageBytes(ctx context.Context, teamID string) (int64, error)
+
 	// Purge deletes records of sandboxes that ended before t and returns how many.
 	Purge(ctx context.Context, t time.Time) (int64, error)
 }
@@ -134,6 +137,8 @@ type Change struct {
 	Ends        time.Time
 	Ended       time.Time
 	MemoryKept  *bool
+	AutoPause   *bool
+	ImageBytes  *int64
 
 	// Cause is the event's, in words. Empty: Reason; where that is empty too and
 	// the sandbox is at its end, why it was being stopped.

@@ -28,8 +28,9 @@ type Agent struct {
 
 	// Hooks are called at the beginning of the RPC, outside of any lock; an
 	// error of theirs is the answer. Set them before use or with SetHooks.
-	OnCreate func(ctx context.Context, req *hostagent.CreateSandboxRequest) error
-	OnStop   func(ctx context.Context, id string) error
+	OnCreate                      func(ctx context.Context, req *hostagent.CreateSandboxRequest) error
+	OnStop                        func(ctx context.Context, id string) error
+	OnPause, OnResume, OnSnapshot func(ctx context.Context, id string) error
 
 	mu       sync.Mutex
 	boxes    map[string]*hostagent.SandboxStatus // the ended ones too
@@ -37,6 +38,8 @@ type Agent struct {
 	tokens   map[string]string
 	stops    map[string]int
 	logs     map[string][]*hostagent.LogEntry
+	resumed  map[string]int
+	images   map[string]time.Time
 	down     bool
 	outage   chan struct{} // closed when streams are to break
 	watchers map[chan *hostagent.SandboxStatus]struct{}
@@ -49,6 +52,7 @@ func NewAgent(t testing.TB) *Agent {
 	a := &Agent{
 		boxes: make(map[string]*hostagent.SandboxStatus), created: make(map[string]*hostagent.CreateSandboxRequest),
 		tokens: make(map[string]string), stops: make(map[string]int), logs: make(map[string][]*hostagent.LogEntry),
+		resumed: make(map[string]int), images: make(map[string]time.Time),
 		outage: make(chan struct{}), watchers: make(map[chan *hostagent.SandboxStatus]struct{}),
 		watching: make(chan struct{}, 1000),
 	}

@@ -18,11 +18,11 @@ type sandboxes struct{ *Store }
 const (
 	sandboxColumns = `id, team_id, host_id, template_id, build_id, alias, cpus, memory_mib, disk_mib, pids,
 		metadata, secured, allow_internet, timeout, state, reason, address, envd_version, created, started, ends, ended,
-		protected, mask_request_host, auto_pause, auto_pause_memory, auto_resume, memory_kept, snapshot_id, source_id, changed`
+		protected, mask_request_host, auto_pause, auto_pause_memory, auto_resume, memory_kept, snapshot_id, source_id, changed, image_bytes`
 
 	sandboxInsertSQL = `INSERT INTO sandboxes (` + sandboxColumns + `)
 		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24,
-			$25, $26, $27, $28, $29, $30, $31)`
+			$25, $26, $27, $28, $29, $30, $31, $32)`
 
 	metadataInsertSQL = `INSERT INTO sandbox_metadata (sandbox_id, name, value) VALUES ($1, $2, $3)`
 
@@ -37,8 +37,10 @@ const (
 			ends         = COALESCE(NULLIF(CAST($6 AS BIGINT), 0), ends),
 			ended        = COALESCE(NULLIF(CAST($7 AS BIGINT), 0), ended),
 			memory_kept  = COALESCE(CAST($8 AS BOOLEAN), memory_kept),
-			changed      = CASE WHEN CAST($9 AS BIGINT) > changed THEN CAST($9 AS BIGINT) ELSE changed END
-		WHERE id = $10 AND state = $11 AND (CAST($12 AS BIGINT) = 0 OR ends <= CAST($12 AS BIGINT))`
+			auto_pause   = COALESCE(CAST($9 AS BOOLEAN), auto_pause),
+			image_bytes  = COALESCE(CAST($10 AS BIGINT), image_bytes),
+			changed      = CASE WHEN CAST($11 AS BIGINT) > changed THEN CAST($11 AS BIGINT) ELSE changed END
+		WHERE id = $12 AND state = $13 AND (CAST($14 AS BIGINT) = 0 OR ends <= CAST($14 AS BIGINT))`
 )
 
 func (s sandboxes) Insert(ctx context.Context, b sandbox.Sandbox) error {
@@ -61,7 +63,7 @@ func (s sandboxes) Insert(ctx context.Context, b sandbox.Sandbox) error {
 		string(text), b.Spec.Secured, b.Spec.AllowInternetAccess, int64(b.Spec.Timeout), b.State, b.Reason, b.Address,
 		b.EnvdVersion, nanos(b.Created), nanos(b.Started), nanos(b.Ends), nanos(b.Ended),
 		b.Spec.Protected, b.Spec.MaskRequestHost, b.Spec.AutoPause, b.Spec.AutoPauseMemory, b.Spec.AutoResume,
-		b.MemoryKept, b.Spec.SnapshotID, b.SourceID, nanos(or(b.Changed, b.Created)))
+		b.MemoryKept, b.Spec.SnapshotID, b.SourceID, nanos(or(b.Changed, b.Created)), b.ImageBytes)
 	if err != nil {
 		return kind(err, "sandbox")
 	}
@@ -98,7 +100,7 @@ func (s sandboxes) Transition(ctx context.Context, id sandbox.ID, from sandbox.S
 		return s.changedNone(ctx, id, err)
 	}
 	res, err = tx.StmtContext(ctx, s.stmts.transition).ExecContext(ctx, c.State, c.Reason, c.Address, c.EnvdVersion,
-		nanos(c.Started), nanos(c.Ends), nanos(c.Ended), c.MemoryKept, at, id, from, nanos(c.IfEndsBy))
+		nanos(c.Started), nanos(c.Ends), nanos(c.Ended), c.MemoryKept, c.AutoPause, c.ImageBytes, at, id, from, nanos(c.IfEndsBy))
 	if n, err := affected(res, err); err != nil || n == 0 {
 		tx.Rollback() //nolint:errcheck // the event of a change that somebody else was faster with
 		return s.changedNone(ctx, id, err)
@@ -159,6 +161,12 @@ func (s sandboxes) NextEnd(ctx context.Context, hostID string) (time.Time, bool,
 	return fromNanos(ends.Int64), ends.Valid, kind(err, "sandboxes")
 }
 
+func (s sandboxes) ImageBytes(ctx context.Context, teamID string) (n int64, err error) {
+	err = s.read.QueryRowContext(ctx, `SELECT COALESCE(SUM(image_bytes), 0) FROM sandboxes WHERE team_id = $1 AND state IN ($2, $3)`,
+		teamID, sandbox.Paused, sandbox.Resuming).Scan(&n)
+	return n, kind(err, "sandboxes")
+}
+
 func (s sandboxes) Purge(ctx context.Context, t time.Time) (int64, error) {
 	res, err := s.write.ExecContext(ctx, `DELETE FROM sandboxes WHERE ended > 0 AND ended < $1 AND state IN ($2, $3)`,
 		nanos(t), sandbox.Stopped, sandbox.Failed)
@@ -177,7 +185,7 @@ func scanSandbox(r row) (sandbox.Sandbox, error) {
 		&res.CPUs, &res.MemoryMiB, &res.DiskMiB, &res.PIDs, &metadata, &b.Spec.Secured, &b.Spec.AllowInternetAccess,
 		&timeout, &b.State, &b.Reason, &b.Address, &b.EnvdVersion, &created, &started, &ends, &ended,
 		&b.Spec.Protected, &b.Spec.MaskRequestHost, &b.Spec.AutoPause, &b.Spec.AutoPauseMemory, &b.Spec.AutoResume,
-		&b.MemoryKept, &b.Spec.SnapshotID, &b.SourceID, &changed)
+		&b.MemoryKept, &b.Spec.SnapshotID, &b.SourceID, &changed, &b.ImageBytes)
 	if err != nil {
 		return b, kind(err, "sandbox")
 	}

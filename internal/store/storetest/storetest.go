@@ -196,11 +196,17 @@ func testTransition(t *testing.T, s store.Store) {
 	}
 	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Starting, c))
 	is(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Starting, c), sandbox.ErrConflict)
-	keep := true
+	keep, size := true, int64(12345)
 	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Running, store.Change{State: sandbox.Pausing, MemoryKept: &keep, At: Epoch.Add(2)}))
-	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Pausing, store.Change{State: sandbox.Paused}))
+	must(t, s.Sandboxes().Transition(ctx, b.ID, sandbox.Pausing, store.Change{State: sandbox.Paused, ImageBytes: &size, AutoPause: &keep}))
+	if n, err := s.Sandboxes().ImageBytes(ctx, b.TeamID); err != nil || n != size {
+		t.Errorf("paused sandboxes take %d bytes, %v", n, err)
+	}
+	if n, err := s.Sandboxes().ImageBytes(ctx, "another team"); err != nil || n != 0 {
+		t.Errorf("paused sandboxes of another team take %d bytes, %v", n, err)
+	}
 	b.State, b.Address, b.EnvdVersion, b.Started, b.Ends = sandbox.Paused, "10.0.0.1", "1.2.3", Epoch.Add(1), Epoch.Add(2)
-	b.MemoryKept = true
+	b.MemoryKept, b.ImageBytes, b.Spec.AutoPause = true, size, true
 	got, err := s.Sandboxes().Get(ctx, b.ID)
 	must(t, err)
 	if since := time.Since(got.Changed); since < 0 || since > time.Minute {

@@ -1,0 +1,132 @@
+package controlplane
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/wrenn/wrenn/api/proto/hostagent"
+	"github.com/wrenn/wrenn/internal/sandbox"
+	"github.com/wrenn/wrenn/internal/store"
+)
+
+const (
+	pauseLimit = 11 * time.Minute // for the agent to write a sandbox to disk
+	// pauseAgain is what a sandbox gets whose time is over and that could not be
+	// paused: it is not killed for that.
+	pauseAgain = time.Minute
+)
+
+// Pause writes the team's running sandbox to disk, with its memory or only its
+// files, and frees everything else. One that does not run gives
+// sandbox.ErrConflict. When it fails the sandbox runs on.
+func (c *ControlPlane) Pause(ctx context.Context, teamID string, id sandbox.ID, memory bool) error {
+	b, err := c.running(ctx, teamID, id)
+	if err != nil {
+		return err
+	}
+	if err := c.checkDisk(ctx, teamID); err != nil {
+		return err
+	}
+	finish, err := c.claimPause(ctx, b, memory, store.Change{Cause: "paused by request"})
+	if err != nil {
+		return err
+	}
+	return finish()
+}
+
+// claimPause records that the sandbox is being paused, from when on it is
+// unreachable, and returns the rest of the work, which goes on whatever becomes of
+// ctx.
+func (c *ControlPlane) claimPause(ctx context.Context, b sandbox.Sandbox, memory bool, change store.Change) (finish func() error, err error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pauseLimit)
+	_, done := c.ops.beginMove(b.ID, cancel)
+	if done == nil {
+		cancel()
+		return nil, sandbox.Errorf(sandbox.ErrConflict, "sandbox %q is in transition; try again in a moment", b.ID)
+	}
+	change.State, change.MemoryKept = sandbox.Pausing, &memory
+	if err := c.boxes.Transition(ctx, b.ID, sandbox.Running, change); err != nil {
+		cancel()
+		done()
+		return nil, err
+	}
+	if b.Spec.AutoResume && memory {
+		c.sleep(b)
+	} else {
+		c.forget(b.ID)
+	}
+	return func() error {
+		defer cancel()
+		defer done()
+		resp, err := c.cfg.Agent.PauseSandbox(ctx, &hostagent.PauseSandboxRequest{SandboxId: string(b.ID), FilesOnly: !memory})
+		if err != nil {
+			err = agentError("pause sandbox", err)
+			c.settle(ctx, b.ID, "it could not be paused: "+reasonOf(err))
+			return err
+		}
+		size := resp.GetImageBytes()
+		if err := c.boxes.Transition(ctx, b.ID, sandbox.Pausing, store.Change{State: sandbox.Paused, ImageBytes: &size, Cause: kept(memory)}); err != nil {
+			return fmt.Errorf("record sandbox as paused: %w", err)
+		}
+		c.log.Info("sandbox paused", "sandbox", b.ID, "memory", memory)
+		return nil
+	}, nil
+}
+
+func kept(memory bool) string {
+	if memory {
+		return "memory and files are kept"
+	}
+	return "files are kept"
+}
+
+// reasonOf is what users may see of an error.
+func reasonOf(err error) string {
+	if text, public := sandbox.Message(err); public {
+		return text
+	}
+	return "the host could not do it"
+}
+
+// settle brings the record of a sandbox in transition to what the agent says of
+// it, after a move that came to nothing. What cannot be settled now the reconciler
+// settles later. The caller has registered the move.
+func (c *ControlPlane) settle(ctx context.Context, id sandbox.ID, cause string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endLimit)
+	defer cancel()
+	b, err := c.boxes.Get(ctx, id)
+	if err == nil {
+		var have map[sandbox.ID]*hostagent.SandboxStatus
+		if have, err = c.listAgent(ctx); err == nil {
+			err = ignoreLost(c.settleAs(ctx, b, have[id], cause))
+		}
+	}
+	if err != nil {
+		c.log.Warn("settle sandbox", "sandbox", id, "err", err)
+	}
+}
+
+// settleAs is settle for a record and what the agent says, nil if it knows nothing.
+func (c *ControlPlane) settleAs(ctx context.Context, b sandbox.Sandbox, s *hostagent.SandboxStatus, cause string) error {
+	if b.State != sandbox.Pausing && b.State != sandbox.Resuming {
+		return nil
+	}
+	switch state := sandbox.State(s.GetState()); {
+	case s == nil:
+		return c.fail(ctx, b.ID, b.State, "lost: its host does not have it any more", time.Time{})
+	case state.Final():
+		return c.fail(ctx, b.ID, b.State, endReason(s), s.GetChangedAt().AsTime())
+	case state == sandbox.Running:
+		ends := b.Ends
+		if now := time.Now(); b.State == sandbox.Resuming {
+			ends = now.Add(b.Spec.Timeout)
+		} else if ends.Before(now) {
+			ends = now.Add(pauseAgain)
+		}
+		return c.nowRunning(ctx, b, store.Change{Address: s.GetAddress(), Ends: ends, Cause: cause})
+	case state == sandbox.Paused:
+		return c.boxes.Transition(ctx, b.ID, b.State, store.Change{State: sandbox.Paused, Cause: cause})
+	}
+	return nil // the agent is at it; its end will tell
+}
