@@ -29,14 +29,16 @@ type newSandbox struct {
 	Secure              *bool             `json:"secure"` // first generation only
 	AllowInternetAccess *bool             `json:"allow_internet_access"`
 	Network             *networkConfig    `json:"network"`
+	AutoPause           *bool             `json:"autoPause"`
+	AutoPauseMemory     *bool             `json:"autoPauseMemory"`
+	AutoResume          *struct {
+		Enabled bool `json:"enabled"`
+	} `json:"autoResume"`
 
 	// Accepted at the value that asks for nothing.
-	AutoPause       *bool                            `json:"autoPause"`
-	AutoPauseMemory *bool                            `json:"autoPauseMemory"`
-	AutoResume      *struct{ Enabled bool }          `json:"autoResume"`
-	MCP             map[string]any                   `json:"mcp"`
-	IAM             *struct{ Tokens map[string]any } `json:"iam"`
-	VolumeMounts    []struct{ Name, Path string }    `json:"volumeMounts"`
+	MCP          map[string]any                   `json:"mcp"`
+	IAM          *struct{ Tokens map[string]any } `json:"iam"`
+	VolumeMounts []struct{ Name, Path string }    `json:"volumeMounts"`
 }
 
 type networkConfig struct {
@@ -100,6 +102,9 @@ func (n newSandbox) request(defaultTimeout int64, secured bool) (controlplane.Cr
 	if err := n.checkServed(); err != nil {
 		return req, err
 	}
+	if err := n.lifecycle(&req); err != nil {
+		return req, err
+	}
 	if n.Network != nil {
 		denyAll, err := n.Network.check()
 		if err != nil {
@@ -136,20 +141,26 @@ func (n newSandbox) checkPairs() error {
 	return nil
 }
 
+// lifecycle reads what is to happen at the end of the time to live and after it.
+// autoResume alone is for a sandbox that is paused by request.
+func (n newSandbox) lifecycle(req *controlplane.CreateRequest) error {
+	req.AutoPause = n.AutoPause != nil && *n.AutoPause
+	req.AutoPauseMemory = n.AutoPauseMemory == nil || *n.AutoPauseMemory
+	req.AutoResume = n.AutoResume != nil && n.AutoResume.Enabled
+	switch {
+	case req.AutoPauseMemory:
+		return nil
+	case !req.AutoPause:
+		return invalid("autoPauseMemory: false only applies when autoPause is true")
+	case req.AutoResume:
+		return invalid("autoPauseMemory: false cannot be combined with autoResume: without its memory a sandbox is woken only by connecting to it")
+	}
+	return nil
+}
+
 // checkServed refuses what would make another sandbox than the one asked for.
 func (n newSandbox) checkServed() error {
-	autoPause := n.AutoPause != nil && *n.AutoPause
-	filesystemOnly := n.AutoPauseMemory != nil && !*n.AutoPauseMemory
-	autoResume := n.AutoResume != nil && n.AutoResume.Enabled
 	switch {
-	case filesystemOnly && !autoPause:
-		return invalid("autoPauseMemory: false only applies when autoPause is true")
-	case filesystemOnly && autoResume:
-		return invalid("autoPauseMemory: false cannot be combined with autoResume")
-	case autoPause:
-		return notServed("autoPause")
-	case autoResume:
-		return notServed("autoResume")
 	case len(n.MCP) > 0:
 		return notServed("mcp")
 	case n.IAM != nil && len(n.IAM.Tokens) > 0:

@@ -32,11 +32,19 @@ type ControlPlane interface {
 	Kill(ctx context.Context, teamID string, id sandbox.ID) error
 	SetTimeout(ctx context.Context, teamID string, id sandbox.ID, d time.Duration) error
 	Refresh(ctx context.Context, teamID string, id sandbox.ID, d time.Duration) error
-	Connect(ctx context.Context, teamID string, id sandbox.ID, d time.Duration) (sandbox.Sandbox, error)
+	Connect(ctx context.Context, teamID string, id sandbox.ID, req controlplane.ConnectRequest) (b sandbox.Sandbox, resumed bool, err error)
+	Resume(ctx context.Context, teamID string, id sandbox.ID, req controlplane.ResumeRequest) (sandbox.Sandbox, error)
+	Pause(ctx context.Context, teamID string, id sandbox.ID, memory bool) error
+	Fork(ctx context.Context, teamID string, id sandbox.ID, count int, timeout time.Duration) ([]controlplane.Forked, error)
+	Events(ctx context.Context, teamID string, id sandbox.ID, f store.EventFilter) ([]sandbox.Event, error)
 	Metrics(ctx context.Context, teamID string, id sandbox.ID, start, end time.Time) ([]controlplane.Metric, error)
 	LatestMetrics(ctx context.Context, teamID string, ids []sandbox.ID) (map[sandbox.ID]controlplane.Metric, error)
 	Logs(ctx context.Context, teamID string, id sandbox.ID, from time.Time) ([]controlplane.LogEntry, error)
 	PreviewLink(ctx context.Context, teamID string, id sandbox.ID, port int, d time.Duration) (string, time.Time, error)
+
+	Snapshot(ctx context.Context, teamID string, id sandbox.ID, name string) (store.Snapshot, error)
+	Snapshots(ctx context.Context, teamID string, f store.SnapshotFilter) ([]store.Snapshot, error)
+	DeleteSnapshot(ctx context.Context, teamID, ref string) error
 
 	Template(ctx context.Context, teamID, ref string) (store.Template, error)
 	Templates(ctx context.Context, teamID string) ([]store.Template, error)

@@ -32,6 +32,7 @@ const (
 type rig struct {
 	t     *testing.T
 	plane *controlplane.ControlPlane
+	fake  *lifecyclePlane
 	agent *controlplanetest.Agent
 	store store.Store
 	url   string
@@ -61,7 +62,8 @@ func newRig(t *testing.T) *rig {
 	must(db.APIKeys().Insert(ctx, store.APIKey{ID: "k2", TeamID: "t2", Hash: hash(foreignKey), Created: time.Now()}))
 	must(r.plane.PutTemplate(ctx, store.Template{ID: "tpl1", Alias: "base", Public: true, BuildID: "b1", CPUs: 2, MemoryMiB: 512, DiskMiB: 1024}))
 	must(r.plane.PutTemplate(ctx, store.Template{ID: "tpl2", Alias: "secret", TeamID: "t2", BuildID: "b2"}))
-	srv := httptest.NewServer(e2b.New(e2b.Config{ControlPlane: r.plane, Log: log}))
+	r.fake = &lifecyclePlane{ControlPlane: r.plane}
+	srv := httptest.NewServer(e2b.New(e2b.Config{ControlPlane: r.fake, Log: log}))
 	t.Cleanup(srv.Close)
 	r.url = srv.URL
 	return r

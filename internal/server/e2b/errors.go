@@ -48,27 +48,32 @@ func notServed(what string) error {
 
 // writeError answers with err; what is internal goes to the log only.
 func (a *api) writeError(w http.ResponseWriter, r *http.Request, err error) {
+	if sandbox.Kind(err) == nil && errors.Is(err, context.Canceled) && r.Context().Err() != nil {
+		return // nobody listens any more
+	}
+	var se *statusError
+	if errors.As(err, &se) && len(se.allow) > 0 {
+		w.Header().Set("Allow", strings.Join(se.allow, ", "))
+	}
+	body := a.failure(r, err)
+	_ = writeJSON(w, body.Code, body)
+}
+
+// failure is what clients are told of err. What they are not told is logged.
+func (a *api) failure(r *http.Request, err error) apiError {
 	var se *statusError
 	if errors.As(err, &se) {
-		if len(se.allow) > 0 {
-			w.Header().Set("Allow", strings.Join(se.allow, ", "))
-		}
-		_ = writeJSON(w, se.status, apiError{se.status, se.message})
-		return
+		return apiError{se.status, se.message}
 	}
 	if text, ok := sandbox.Message(err); ok {
 		status := statuses[sandbox.Kind(err)]
 		if status >= 500 && status != http.StatusNotImplemented {
 			a.log.Warn("request failed", "method", r.Method, "path", r.URL.Path, "status", status, "err", err)
 		}
-		_ = writeJSON(w, status, apiError{status, text})
-		return
-	}
-	if errors.Is(err, context.Canceled) && r.Context().Err() != nil {
-		return // nobody listens any more
+		return apiError{status, text}
 	}
 	a.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "status", 500, "err", err)
-	_ = writeJSON(w, http.StatusInternalServerError, apiError{http.StatusInternalServerError, "internal error; the server's log says more"})
+	return apiError{http.StatusInternalServerError, "internal error; the server's log says more"}
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) error {

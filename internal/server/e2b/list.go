@@ -45,21 +45,20 @@ func (a *api) listV2(c *call) error {
 	if err != nil {
 		return err
 	}
-	if !running { // nothing is ever paused yet
-		return a.writeList(c, nil)
-	}
-	unpaged := f
-	unpaged.After = nil
-	total, err := a.plane.Count(c.r.Context(), c.team.ID, unpaged)
-	if err != nil {
-		return err
+	if running {
+		count := f
+		count.After, count.States = nil, []sandbox.State{sandbox.Running}
+		total, err := a.plane.Count(c.r.Context(), c.team.ID, count)
+		if err != nil {
+			return err
+		}
+		c.w.Header().Set("X-Total-Running", strconv.Itoa(total))
 	}
 	f.Limit = int(limit) + 1 // one more tells whether there is a next page
 	boxes, err := a.plane.List(c.r.Context(), c.team.ID, f)
 	if err != nil {
 		return err
 	}
-	c.w.Header().Set("X-Total-Running", strconv.Itoa(total))
 	if len(boxes) > int(limit) {
 		boxes = boxes[:limit]
 		last := boxes[limit-1]
@@ -84,20 +83,31 @@ func (c *call) query() (url.Values, error) {
 	return query, nil
 }
 
+// pausedStates are what E2B's clients, which know two states, are told to be paused:
+// all in which there is nobody to talk to until it is resumed.
+var pausedStates = []sandbox.State{sandbox.Pausing, sandbox.Paused, sandbox.Resuming}
+
 // parseFilter reads the query of the second generation's list; running is false
-// when it asks for other states only.
+// when it asks for paused ones only.
 func parseFilter(query url.Values) (f store.Filter, running bool, err error) {
-	f.States = []sandbox.State{sandbox.Running}
 	if f.Metadata, err = parseMetadata(query.Get("metadata")); err != nil {
 		return f, false, err
 	}
-	states := strings.Join(query["state"], ",")
-	for _, s := range strings.Split(states, ",") {
-		if states != "" && s != "running" && s != "paused" {
+	states := []string{"running", "paused"}
+	if text := strings.Join(query["state"], ","); text != "" {
+		states = strings.Split(text, ",")
+	}
+	for _, s := range states {
+		switch s {
+		case "running":
+			f.States = append(f.States, sandbox.Running)
+		case "paused":
+			f.States = append(f.States, pausedStates...)
+		default:
 			return f, false, invalid("state: want running or paused, got %q", clip(s))
 		}
 	}
-	running = states == "" || slices.Contains(strings.Split(states, ","), "running")
+	running = slices.Contains(states, "running")
 	switch order := query.Get("order"); order {
 	case "", "desc":
 	case "asc":

@@ -32,16 +32,23 @@ func (a *api) table() []route {
 		{method: "POST", pattern: "/sandboxes/{sandboxID}/refreshes", handle: a.refresh},
 		{method: "POST", pattern: "/sandboxes/{sandboxID}/connect", handle: a.connectV1},
 		{method: "POST", pattern: "/v2/sandboxes/{sandboxID}/connect", handle: a.connectV2},
+		{method: "POST", pattern: "/sandboxes/{sandboxID}/pause", handle: a.pause},
+		{method: "POST", pattern: "/sandboxes/{sandboxID}/resume", handle: a.resume},
+		{method: "POST", pattern: "/sandboxes/{sandboxID}/fork", handle: a.fork},
+		{method: "POST", pattern: "/sandboxes/{sandboxID}/snapshots", handle: a.snapshot},
+		{method: "GET", pattern: "/snapshots", handle: a.listSnapshots},
 		{method: "GET", pattern: "/sandboxes/{sandboxID}/metrics", handle: a.metrics},
 		{method: "GET", pattern: "/sandboxes/{sandboxID}/logs", handle: a.logsV1},
 		{method: "GET", pattern: "/v2/sandboxes/{sandboxID}/logs", handle: a.logsV2},
 
 		// Not of E2B: this platform's own.
 		{method: "POST", pattern: "/sandboxes/{sandboxID}/preview-links", handle: a.previewLink},
+		{method: "GET", pattern: "/sandboxes/{sandboxID}/events", handle: a.events},
 
 		{method: "GET", pattern: "/templates", handle: a.listTemplates},
 		{method: "GET", pattern: "/v2/templates", handle: a.listTemplates},
 		{method: "GET", pattern: "/templates/{templateID}", handle: a.getTemplate},
+		{method: "DELETE", pattern: "/templates/{templateID}", handle: a.deleteTemplate},
 		{method: "GET", pattern: "/templates/aliases/{alias}", handle: a.getAlias},
 	}
 	for _, m := range missing {
@@ -61,12 +68,8 @@ var missing = []struct {
 	what       string
 	operations []string
 }{
-	{"pausing a sandbox", []string{"POST /sandboxes/{sandboxID}/pause"}},
-	{"resuming a sandbox", []string{"POST /sandboxes/{sandboxID}/resume"}},
-	{"forking a sandbox", []string{"POST /sandboxes/{sandboxID}/fork"}},
 	{"changing a sandbox's network", []string{"PUT /sandboxes/{sandboxID}/network"}},
-	{"making snapshots", []string{"POST /sandboxes/{sandboxID}/snapshots"}},
-	{"listing snapshots", []string{"GET /snapshots"}},
+	{"E2B's shape of events, beside GET /sandboxes/{sandboxID}/events,", []string{"GET /events/sandboxes", "GET /events/sandboxes/{sandboxID}"}},
 	{"building templates", []string{
 		"POST /v3/templates", "POST /v2/templates", "POST /templates", "POST /templates/{templateID}",
 		"GET /templates/{templateID}/files/{hash}",
@@ -74,7 +77,7 @@ var missing = []struct {
 		"GET /templates/{templateID}/builds/{buildID}/status", "GET /templates/{templateID}/builds/{buildID}/logs",
 	}},
 	{"changing templates", []string{
-		"DELETE /templates/{templateID}", "PATCH /templates/{templateID}", "PATCH /v2/templates/{templateID}",
+		"PATCH /templates/{templateID}", "PATCH /v2/templates/{templateID}",
 	}},
 	{"the list of default templates", []string{"GET /default-templates"}},
 	{"tagging templates", []string{

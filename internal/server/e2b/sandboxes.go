@@ -2,6 +2,7 @@ package e2b
 
 import (
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/wrenn/wrenn/internal/sandbox"
@@ -64,26 +65,46 @@ type lifecycle struct {
 
 func (a *api) sandbox(b sandbox.Sandbox) sandboxResponse {
 	return sandboxResponse{
-		TemplateID: b.Spec.TemplateID, SandboxID: string(b.ID), Alias: b.Alias, ClientID: clientID,
+		TemplateID: templateOf(b), SandboxID: string(b.ID), Alias: b.Alias, ClientID: clientID,
 		EnvdVersion: a.envdVersionOf(b), EnvdAccessToken: a.accessToken(b), TrafficAccessToken: a.trafficToken(b),
 		Domain: a.domainOrNull(),
 	}
 }
 
 func (a *api) listed(b sandbox.Sandbox) listedSandbox {
-	started, metadata := b.Started, b.Spec.Metadata
+	started, ends, state, metadata := b.Started, b.Ends, "running", b.Spec.Metadata
 	if started.IsZero() {
 		started = b.Created
+	}
+	if slices.Contains(pausedStates, b.State) {
+		state, ends = "paused", b.Changed
 	}
 	if metadata == nil {
 		metadata = map[string]string{}
 	}
 	return listedSandbox{
-		TemplateID: b.Spec.TemplateID, SandboxID: string(b.ID), Alias: b.Alias, ClientID: clientID,
-		StartedAt: timestamp(started), EndAt: timestamp(b.Ends), Metadata: metadata,
+		TemplateID: templateOf(b), SandboxID: string(b.ID), Alias: b.Alias, ClientID: clientID,
+		StartedAt: timestamp(started), EndAt: timestamp(ends), Metadata: metadata,
 		CPUCount: b.Spec.Resources.CPUs, MemoryMB: b.Spec.Resources.MemoryMiB, DiskSizeMB: b.Spec.Resources.DiskMiB,
-		State: "running", EnvdVersion: a.envdVersionOf(b),
+		State: state, EnvdVersion: a.envdVersionOf(b),
 	}
+}
+
+// templateOf names what the sandbox was created from: a snapshot is a template to
+// E2B's clients.
+func templateOf(b sandbox.Sandbox) string {
+	if b.Spec.SnapshotID != "" && b.SourceID == "" {
+		return b.Spec.SnapshotID
+	}
+	return b.Spec.TemplateID
+}
+
+func lifecycleOf(b sandbox.Sandbox) lifecycle {
+	l := lifecycle{AutoResume: b.Spec.AutoResume, OnTimeout: "kill"}
+	if b.Spec.AutoPause {
+		l.OnTimeout = "pause"
+	}
+	return l
 }
 
 // timestamp cuts a time to what clients in Python and JavaScript can read.
@@ -136,7 +157,7 @@ func (a *api) get(c *call) error {
 	}
 	return writeJSON(c.w, http.StatusOK, sandboxDetail{
 		listedSandbox: a.listed(b), EnvdAccessToken: a.accessToken(b), TrafficAccessToken: a.trafficToken(b), Domain: a.domainOrNull(),
-		AllowInternetAccess: b.Spec.AllowInternetAccess, Network: networkOf(b), Lifecycle: lifecycle{OnTimeout: "kill"},
+		AllowInternetAccess: b.Spec.AllowInternetAccess, Network: networkOf(b), Lifecycle: lifecycleOf(b),
 	})
 }
 
@@ -198,45 +219,4 @@ func (a *api) refresh(c *call) error {
 		return err
 	}
 	return noContent(c.w)
-}
-
-// connectRequest asks for a sandbox to be running. Memory says how a paused one
-// is to be resumed and means nothing to one that runs.
-type connectRequest struct {
-	Timeout *int64 `json:"timeout"`
-	Memory  *bool  `json:"memory"`
-}
-
-func (a *api) connectV1(c *call) error {
-	var body connectRequest
-	if err := decodeRequired(c.r, &body); err != nil {
-		return err
-	}
-	if body.Timeout == nil {
-		return invalid("timeout is missing")
-	}
-	return a.connect(c, *body.Timeout)
-}
-
-func (a *api) connectV2(c *call) error {
-	var body connectRequest
-	if _, err := decode(c.r, &body); err != nil {
-		return err
-	}
-	if body.Timeout == nil {
-		return a.connect(c, defaultTimeoutV2)
-	}
-	return a.connect(c, *body.Timeout)
-}
-
-func (a *api) connect(c *call, timeout int64) error {
-	id, err := c.sandboxID()
-	if err != nil {
-		return err
-	}
-	b, err := a.plane.Connect(c.r.Context(), c.team.ID, id, seconds(timeout))
-	if err != nil {
-		return err
-	}
-	return writeJSON(c.w, http.StatusOK, a.sandbox(b))
 }
