@@ -11,9 +11,9 @@ import (
 
 // removeStaleBinaries removes from dir the copies of the sandbox kernel and the
 // guest agent that earlier builds of wrenn left, but for those in keep and those
-// that a sandbox was started with: its processes run the one, and its bundle in
-// the directory sandboxes names the other.
-func removeStaleBinaries(dir, sandboxes string, keep ...string) error {
+// that are needed: the processes of a sandbox run the one, and its bundle names the
+// other, as does the manifest of an image. agent is the host agent's directory.
+func removeStaleBinaries(dir, agent string, keep ...string) error {
 	var stale []string
 	for _, pattern := range []string{"runsc-*", "envd-*"} {
 		found, err := filepath.Glob(filepath.Join(dir, pattern))
@@ -26,7 +26,7 @@ func removeStaleBinaries(dir, sandboxes string, keep ...string) error {
 	if len(stale) == 0 {
 		return nil
 	}
-	used, err := usedBinaries(sandboxes)
+	used, err := usedBinaries(agent)
 	if err != nil {
 		return err
 	}
@@ -40,19 +40,21 @@ func removeStaleBinaries(dir, sandboxes string, keep ...string) error {
 }
 
 // usedBinaries returns what tells whether a file is used by a process of this
-// host or named in the bundle of a sandbox.
-func usedBinaries(sandboxes string) (func(path string) bool, error) {
-	var bundles [][]byte
-	dirs, err := os.ReadDir(sandboxes)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	for _, d := range dirs {
-		data, err := os.ReadFile(filepath.Join(sandboxes, d.Name(), "config.json"))
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
+// host, or named in the bundle of an instance or the manifest of an image.
+func usedBinaries(agent string) (func(path string) bool, error) {
+	var naming [][]byte
+	for _, pattern := range []string{"instances/*/config.json", "images/*/image.json", "sandboxes/*/image/image.json"} {
+		paths, err := filepath.Glob(filepath.Join(agent, pattern))
+		if err != nil {
 			return nil, err
 		}
-		bundles = append(bundles, data)
+		for _, path := range paths {
+			data, err := os.ReadFile(path)
+			if err != nil && !errors.Is(err, os.ErrNotExist) {
+				return nil, err
+			}
+			naming = append(naming, data)
+		}
 	}
 	processes, err := os.ReadDir("/proc")
 	if err != nil {
@@ -65,6 +67,6 @@ func usedBinaries(sandboxes string) (func(path string) bool, error) {
 		}
 	}
 	return func(path string) bool {
-		return running[path] || slices.ContainsFunc(bundles, func(b []byte) bool { return bytes.Contains(b, []byte(filepath.Base(path))) })
+		return running[path] || slices.ContainsFunc(naming, func(b []byte) bool { return bytes.Contains(b, []byte(filepath.Base(path))) })
 	}, nil
 }

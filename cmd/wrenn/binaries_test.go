@@ -21,7 +21,7 @@ func TestCopiesOfEarlierBuildsGoWhenNoSandboxUsesThem(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bin, sandboxes := filepath.Join(dir, "bin"), filepath.Join(dir, "sandboxes")
+	bin := filepath.Join(dir, "bin")
 	write := func(path string, data []byte) string {
 		t.Helper()
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -38,8 +38,12 @@ func TestCopiesOfEarlierBuildsGoWhenNoSandboxUsesThem(t *testing.T) {
 	write(filepath.Join(bin, "runsc.json"), nil)
 	write(filepath.Join(bin, "envd-old"), nil)
 	mounted := write(filepath.Join(bin, "envd-mounted"), nil)
-	write(filepath.Join(sandboxes, "a", "config.json"), []byte(`{"mounts":[{"source":"`+mounted+`"}]}`))
-	if err := os.Mkdir(filepath.Join(sandboxes, "b"), 0o755); err != nil { // one that is being made
+	write(filepath.Join(dir, "instances", "a", "config.json"), []byte(`{"mounts":[{"source":"`+mounted+`"}]}`))
+	write(filepath.Join(bin, "envd-paused"), nil)
+	write(filepath.Join(dir, "sandboxes", "a", "image", "image.json"), []byte(`{"guest_init":"envd-paused"}`))
+	write(filepath.Join(bin, "envd-snapshot"), nil)
+	write(filepath.Join(dir, "images", "a", "image.json"), []byte(`{"guest_init":"envd-snapshot"}`))
+	if err := os.Mkdir(filepath.Join(dir, "instances", "b"), 0o755); err != nil { // one that is being made
 		t.Fatal(err)
 	}
 	cmd := exec.Command(running, "60")
@@ -48,7 +52,7 @@ func TestCopiesOfEarlierBuildsGoWhenNoSandboxUsesThem(t *testing.T) {
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 
-	if err := removeStaleBinaries(bin, sandboxes, now); err != nil {
+	if err := removeStaleBinaries(bin, dir, now); err != nil {
 		t.Fatal(err)
 	}
 	entries, err := os.ReadDir(bin)
@@ -59,7 +63,7 @@ func TestCopiesOfEarlierBuildsGoWhenNoSandboxUsesThem(t *testing.T) {
 	for _, e := range entries {
 		left = append(left, e.Name())
 	}
-	if want := []string{"envd-mounted", "runsc-now", "runsc-running", "runsc.json"}; !slices.Equal(left, want) {
+	if want := []string{"envd-mounted", "envd-paused", "envd-snapshot", "runsc-now", "runsc-running", "runsc.json"}; !slices.Equal(left, want) {
 		t.Errorf("left %v, want %v", left, want)
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/wrenn/wrenn/internal/agent"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
 )
@@ -19,7 +20,8 @@ func newDownCmd() *cobra.Command {
 		Use:   "down",
 		Short: "Stop the platform and end its sandboxes",
 		Long: `Stop the platform of a data directory and end its sandboxes, also those that a
-platform that is not running any more has left. Templates and records stay.`,
+platform that is not running any more has left. Templates, records, snapshots and
+paused sandboxes stay.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return down(cmd.Context(), dataFlag(cmd), cmd.OutOrStdout())
@@ -48,7 +50,7 @@ func down(ctx context.Context, data string, out io.Writer) error {
 		return fmt.Errorf("end what was left: %w", err)
 	}
 	if was {
-		fmt.Fprintln(out, "Wrenn is down and its sandboxes are gone.")
+		fmt.Fprintln(out, "Wrenn is down and its running sandboxes are gone.")
 	} else {
 		fmt.Fprintln(out, "No platform was running; what it may have left is gone.")
 	}
@@ -82,8 +84,5 @@ func endLeftovers(ctx context.Context, dir dataDir) error {
 	if err := network.RemoveAll(ctx, dir.tag()); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(dir.sandboxes()); err != nil {
-		return fmt.Errorf("remove sandboxes' files: %w", err)
-	}
-	return nil
+	return agent.RemoveRunning(dir.agent())
 }

@@ -44,7 +44,7 @@ func (p *platform) openAccessLog() (err error) {
 // metrics serves what the platform counts, in Prometheus' format.
 func (p *platform) metrics() http.Handler {
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), p.proxy)
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), p.proxy, p.agent)
 	if p.access != nil {
 		registry.MustRegister(p.access)
 	}

@@ -45,6 +45,7 @@ type platform struct {
 	dir    dataDir
 	opts   upOptions
 	log    *slog.Logger
+	agent  *agent.Agent
 	plane  *controlplane.ControlPlane
 	proxy  *proxy.Proxy
 	acme   *tlscert.ACME  // nil without ACME
@@ -138,6 +139,7 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 	p.plane = controlplane.New(controlplane.Config{
 		Store: db, Agent: hostAgent, HostID: hostID, MasterKey: master, Log: p.log,
 		OnGone: func(id string) { p.proxy.Evict(id) },
+		Limits: controlplane.Limits{TeamSandboxes: p.opts.TeamSandboxes, TeamImageBytes: p.opts.TeamImages << 20},
 	})
 	if err := p.openAccessLog(); err != nil {
 		return err
@@ -154,6 +156,9 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 	})
 	if err != nil {
 		return fmt.Errorf("register base template: %w", err)
+	}
+	if err := p.plane.KeepReady(ctx, build.TemplateID); err != nil {
+		return fmt.Errorf("keep sandboxes of the base template ready: %w", err)
 	}
 	p.run("control plane", p.plane.Run)
 	p.onStop(func(ctx context.Context) error {
@@ -185,6 +190,7 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 	}
 	a, err := agent.Open(ctx, agent.Config{
 		Dir: dir.agent(), Templates: dir.templates(), Runtime: rt, GuestInit: envd, Log: log,
+		Pool: opts.PoolMemory << 20,
 		Network: network.Config{
 			Tag: dir.tag(), CIDR: opts.NetworkCIDR, Allow: opts.AllowCIDRs, Resolver: opts.Resolver,
 			Ready: opts.ReadySlots, Log: log,
@@ -193,7 +199,7 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 	if err != nil {
 		return nil, nil, fmt.Errorf("start host agent: %w", err)
 	}
-	if err := removeStaleBinaries(bin, dir.sandboxes(), runsc, envd); err != nil {
+	if err := removeStaleBinaries(bin, dir.agent(), runsc, envd); err != nil {
 		log.Warn("remove what earlier builds left", "err", err) // it costs room and nothing else
 	}
 	return a, rt, nil
@@ -206,6 +212,7 @@ func (p *platform) startAgent(ctx context.Context) (hostagentconnect.HostAgentCl
 	if err != nil {
 		return nil, err
 	}
+	p.agent = a
 	p.onStop(func(ctx context.Context) error {
 		end := a.Detach
 		if p.kill {

@@ -25,19 +25,22 @@ import (
 // upOptions are what `wrenn up` can be told. They are kept in the lock file, so
 // that `wrenn up --detach` sees whether the running platform is the one asked for.
 type upOptions struct {
-	Listen      string         `json:"listen"`
-	Domain      string         `json:"domain"`
-	TLSListen   string         `json:"tls_listen"`
-	TLSCert     string         `json:"tls_cert"`
-	TLSKey      string         `json:"tls_key"`
-	ACME        acmeOptions    `json:"acme"`
-	NoHostCAs   bool           `json:"no_host_cas"`
-	NetworkCIDR netip.Prefix   `json:"network_cidr"`
-	AllowCIDRs  []netip.Prefix `json:"allow_cidrs"`
-	Resolver    netip.Addr     `json:"resolver"`
-	ReadySlots  int            `json:"ready_slots"`
-	Connections int            `json:"connections"`
-	AccessLog   string         `json:"access_log"` // a path, "-", "off", or empty for the one in the data directory
+	Listen        string         `json:"listen"`
+	Domain        string         `json:"domain"`
+	TLSListen     string         `json:"tls_listen"`
+	TLSCert       string         `json:"tls_cert"`
+	TLSKey        string         `json:"tls_key"`
+	ACME          acmeOptions    `json:"acme"`
+	NoHostCAs     bool           `json:"no_host_cas"`
+	NetworkCIDR   netip.Prefix   `json:"network_cidr"`
+	AllowCIDRs    []netip.Prefix `json:"allow_cidrs"`
+	Resolver      netip.Addr     `json:"resolver"`
+	ReadySlots    int            `json:"ready_slots"`
+	PoolMemory    int64          `json:"pool_memory"` // MiB
+	TeamSandboxes int            `json:"team_sandboxes"`
+	TeamImages    int64          `json:"team_images"` // MiB
+	Connections   int            `json:"connections"`
+	AccessLog     string         `json:"access_log"` // a path, "-", "off", or empty for the one in the data directory
 }
 
 func newUpCmd() *cobra.Command {
@@ -86,6 +89,9 @@ Python in a new sandbox, and returns.`,
 	f.StringSliceVar(&allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
 	f.StringVar(&dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
 	f.IntVar(&opts.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
+	f.Int64Var(&opts.PoolMemory, "pool-memory", 512, "memory in MiB for sandboxes that are kept ready before anybody asks; 0 keeps none")
+	f.IntVar(&opts.TeamSandboxes, "team-sandboxes", 0, "sandboxes that one team may have running at once (default any number)")
+	f.Int64Var(&opts.TeamImages, "team-images", 0, "room on the disk in MiB for one team's snapshots and paused sandboxes (default any)")
 	f.IntVar(&opts.Connections, "connections-per-sandbox", proxy.DefaultLimit, "requests and WebSockets open at once to the applications of one sandbox")
 	f.StringVar(&opts.AccessLog, "access-log", "", "file for the access log of the data plane, - for standard output, or off (default DIR/log/access.log)")
 	f.BoolVar(&detach, "detach", false, "start in the background and check that it works")
@@ -119,6 +125,9 @@ func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
 	}
 	if o.ReadySlots < 1 || o.ReadySlots > 256 {
 		return usageErrorf("--ready-slots: want 1 to 256")
+	}
+	if o.PoolMemory < 0 || o.TeamSandboxes < 0 || o.TeamImages < 0 {
+		return usageErrorf("--pool-memory, --team-sandboxes, --team-images: want 0 or more")
 	}
 	if o.Connections < 1 {
 		return usageErrorf("--connections-per-sandbox: want more than 0")
