@@ -9,11 +9,14 @@ import (
 	"os/signal"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/wrenn/wrenn/internal/envd"
-	"github.com/wrenn/wrenn/internal/envd/forward"
 	"github.com/wrenn/wrenn/internal/envd/machine"
 	"github.com/wrenn/wrenn/internal/envd/mmds"
 	"github.com/wrenn/wrenn/internal/envd/reserve"
+	"github.com/wrenn/wrenn/internal/envd/rights"
+	"github.com/wrenn/wrenn/internal/envd/settings"
 )
 
 func main() {
@@ -52,8 +55,12 @@ func run(address string, metadata bool, config envd.Config) error {
 		ctx = context.Background()
 		reserve.IgnoreSignals()
 		reserve.Take()
-		if err := forward.WithholdRules(); err != nil {
+		// With these it changes packet rules and the hostname.
+		if err := rights.Withhold(unix.CAP_NET_ADMIN, unix.CAP_SYS_ADMIN); err != nil {
 			return err
+		}
+		if c := machine.NewContainer(settings.IDFile); c != nil {
+			config.Name = c.Name
 		}
 	}
 	defer stop()
@@ -74,7 +81,7 @@ func run(address string, metadata bool, config envd.Config) error {
 func runMachine(address string, metadata, forward bool) error {
 	m := machine.Boot()
 	reserve.Take()
-	config := envd.Config{Init: true, OwnsMachine: true, Machine: m, Forward: forward}
+	config := envd.Config{Init: true, OwnsMachine: true, Machine: m, Name: m.Name, Forward: forward}
 	if metadata || m.Params().MMDS {
 		config.Metadata = mmds.New(mmds.Address)
 	}

@@ -204,8 +204,8 @@ func (a *Agent) identify(sandboxID, templateID string) {
 			a.log.Warn("sandbox's identity not written to files", "error", err)
 		}
 	}
-	if a.machine != nil && sandboxID != "" {
-		if err := a.machine.Name(sandboxID); err != nil {
+	if a.name != nil && sandboxID != "" {
+		if err := a.name(sandboxID); err != nil {
 			a.log.Warn("hostname not set", "error", err)
 		}
 	}

@@ -59,6 +59,9 @@ type Config struct {
 	Prefer bool
 	// Machine is the virtual machine whose pid 1 the agent is; else nil.
 	Machine *machine.Machine
+	// Name makes the sandbox's id the hostname; nil where the hostname is not the
+	// sandbox's alone.
+	Name func(id string) error
 	// Metadata answers who the machine is; nil where nothing does.
 	Metadata *mmds.Client
 }
@@ -81,6 +84,7 @@ type Agent struct {
 	prefer      bool
 	cgroups     string
 	machine     *machine.Machine
+	name        func(id string) error
 	setClock    func(time.Time) error
 	metadata    *mmds.Client
 	woken       chan struct{} // gets one after each boot and resume
@@ -89,7 +93,7 @@ type Agent struct {
 // New returns an agent that does nothing yet.
 func New(c Config) *Agent {
 	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsMachine: c.OwnsMachine}
-	a.machine, a.metadata = c.Machine, c.Metadata
+	a.machine, a.name, a.metadata = c.Machine, c.Name, c.Metadata
 	a.prefer, a.cgroups = c.Prefer || c.OwnsMachine, c.Cgroups
 	a.setClock, a.woken = setClock, make(chan struct{}, 1)
 	a.log = slog.New(a.ring.Handler(slog.LevelInfo))

@@ -26,8 +26,6 @@ const (
 
 	helperMode  = "FORWARD_TEST_HELPER" // "redirect" or "listen": what the helper process does
 	helperQuiet = "FORWARD_TEST_QUIET"  // that it lists sockets as in gVisor, and nobody wakes it
-
-	helperWithhold = "FORWARD_TEST_WITHHOLD" // that a test is run again, to change its process
 )
 
 // TestMain also is the process that forwards: it has to be in the namespace with

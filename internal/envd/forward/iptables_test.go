@@ -5,14 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
 // entriesOf walks a table as a kernel does, and tells what each entry redirects.
@@ -97,39 +91,4 @@ func TestTheOlderInterfaceIsNotUsedOnLinux(t *testing.T) {
 		}
 		return nil
 	}))
-}
-
-func TestWhatIsStartedLaterCannotChangeRules(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root, whose programs have every right")
-	}
-	if os.Getenv(helperWithhold) == "" {
-		// The race detector's runtime is in C, whose threads keep their rights.
-		binary := filepath.Join(t.TempDir(), "forward.test")
-		build := exec.Command("go", "test", "-c", "-o", binary, ".")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			t.Fatalf("build without C: %v\n%s", err, out)
-		}
-		cmd := exec.Command(binary, "-test.run=^"+t.Name()+"$", "-test.v")
-		cmd.Env = append(os.Environ(), helperWithhold+"=1")
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		return
-	}
-	must(t, WithholdRules())
-	out, err := exec.Command("cat", "/proc/self/status").Output()
-	must(t, err)
-	sets := regexp.MustCompile(`(?m)^Cap\w+:\s+(\w+)$`).FindAllStringSubmatch(string(out), -1)
-	if len(sets) == 0 {
-		t.Fatalf("no capabilities in %s", out)
-	}
-	for _, set := range sets {
-		var bits uint64
-		if _, err := fmt.Sscanf(set[1], "%x", &bits); err != nil || bits&(1<<unix.CAP_NET_ADMIN) != 0 {
-			t.Errorf("a program that root runs may: %s (%v)", set[0], err)
-		}
-	}
 }

@@ -14,6 +14,9 @@ import (
 // RootUser is the default user until the host has named one.
 const RootUser = "root"
 
+// IDFile is where WriteIdentity writes the sandbox's id, below /run.
+const IDFile = "/run/wrenn/.WRENN_SANDBOX_ID"
+
 // Settings is safe for concurrent use. The zero value is ready.
 type Settings struct {
 	mu       sync.RWMutex

@@ -33,11 +33,12 @@ var instanceFiles = []string{specFile, upperFile, logFile, panicFile, pidFile, p
 
 // capabilities are what container engines commonly grant: enough for sudo, apt
 // and ping. They count only inside the sandbox kernel. The guest agent keeps
-// CAP_NET_ADMIN, with which it forwards ports, to itself.
+// CAP_NET_ADMIN, with which it forwards ports, and CAP_SYS_ADMIN, with which it
+// changes the hostname, to itself.
 var capabilities = []string{
 	"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID",
 	"CAP_KILL", "CAP_MKNOD", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETFCAP",
-	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT",
 }
 
 // writeBundle writes into cfg.Dir what runsc makes the instance from, besides the

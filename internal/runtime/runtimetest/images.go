@@ -158,6 +158,19 @@ func testMemoryImage(t *testing.T, s *suite) {
 	}
 }
 
+func testHostname(t *testing.T, s *suite) {
+	g := s.start(t)
+	g.must(t, "POST", "/hostname", url.Values{"name": {"renamed"}}, "")
+	for _, g := range []*guest{g, s.restore(t, g.snapshot(t, runtime.ImageMemory, false))} {
+		if got := g.must(t, "GET", "/ping", nil, ""); got != "hello pid=1 host=renamed" {
+			t.Errorf("guest says %q", got)
+		}
+		if got := g.read(t, "/proc/sys/kernel/hostname"); got != "renamed\n" {
+			t.Errorf("the kernel says %q", got)
+		}
+	}
+}
+
 func testSnapshotGoesOn(t *testing.T, s *suite) {
 	g := s.start(t)
 	in := g.dialEcho(t)

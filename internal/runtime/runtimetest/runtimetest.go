@@ -76,6 +76,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"an instance is discarded without its state", testDiscard},
 		{"many instances come and go at once", testConcurrent},
 		{"what the guest had in memory goes on from an image", testMemoryImage},
+		{"init may change the hostname and an image keeps that", testHostname},
 		{"an instance goes on after its snapshot and so do its connections", testSnapshotGoesOn},
 		{"connections of the image are closed in what is made of it", testConnectionsClosed},
 		{"instances of one image are independent", testCopies},
