@@ -43,7 +43,7 @@ func removeStaleBinaries(dir, agent string, keep ...string) error {
 // host, or named in the bundle of an instance or the manifest of an image.
 func usedBinaries(agent string) (func(path string) bool, error) {
 	var naming [][]byte
-	for _, pattern := range []string{"instances/*/config.json", "images/*/image.json", "sandboxes/*/image/image.json"} {
+	for _, pattern := range []string{"instances/*/config.json", "images/*/manifest.json", "sandboxes/*/image/manifest.json"} {
 		paths, err := filepath.Glob(filepath.Join(agent, pattern))
 		if err != nil {
 			return nil, err

@@ -40,9 +40,9 @@ func TestCopiesOfEarlierBuildsGoWhenNoSandboxUsesThem(t *testing.T) {
 	mounted := write(filepath.Join(bin, "envd-mounted"), nil)
 	write(filepath.Join(dir, "instances", "a", "config.json"), []byte(`{"mounts":[{"source":"`+mounted+`"}]}`))
 	write(filepath.Join(bin, "envd-paused"), nil)
-	write(filepath.Join(dir, "sandboxes", "a", "image", "image.json"), []byte(`{"guest_init":"envd-paused"}`))
+	write(filepath.Join(dir, "sandboxes", "a", "image", "manifest.json"), []byte(`{"guest_init":"envd-paused"}`))
 	write(filepath.Join(bin, "envd-snapshot"), nil)
-	write(filepath.Join(dir, "images", "a", "image.json"), []byte(`{"guest_init":"envd-snapshot"}`))
+	write(filepath.Join(dir, "images", "a", "manifest.json"), []byte(`{"guest_init":"envd-snapshot"}`))
 	if err := os.Mkdir(filepath.Join(dir, "instances", "b"), 0o755); err != nil { // one that is being made
 		t.Fatal(err)
 	}

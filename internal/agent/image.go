@@ -15,7 +15,7 @@ import (
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// manifest says what an image is and what whole it is: image.json beside the
+// manifest says what an image is and what whole it is: manifest.json beside the
 // runtime's files. It is written last.
 type manifest struct {
 	Kind           runtime.ImageKind `json:"kind"`
@@ -33,7 +33,7 @@ type manifest struct {
 	Created time.Time         `json:"created"`
 }
 
-const manifestFile = "image.json"
+const manifestFile = "manifest.json"
 
 // image is an instance on disk, checked.
 type image struct {
