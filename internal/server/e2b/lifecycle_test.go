@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -14,15 +15,14 @@ import (
 	"github.com/wrenn/wrenn/internal/store"
 )
 
-// lifecyclePlane is a control plane that notes what it is asked about pauses, forks
-// and snapshots. While it has an answer for a test, that is what it answers.
+// lifecyclePlane is a control plane that notes what it is asked about pauses and
+// forks. While it has an answer for a test, that is what it answers.
 type lifecyclePlane struct {
 	e2b.ControlPlane
 	asked  []string
 	err    error
 	box    *sandbox.Sandbox
 	forks  []controlplane.Forked
-	snap   *store.Snapshot
 	snaps  []store.Snapshot
 	filter store.SnapshotFilter
 }
@@ -77,16 +77,6 @@ func (p *lifecyclePlane) Fork(ctx context.Context, team string, id sandbox.ID, c
 	return p.forks, p.err
 }
 
-func (p *lifecyclePlane) Snapshot(ctx context.Context, team string, id sandbox.ID, name string) (store.Snapshot, error) {
-	p.note("snapshot %q", name)
-	if p.snap == nil {
-		return p.ControlPlane.Snapshot(ctx, team, id, name)
-	}
-	n := *p.snap
-	n.Name = name
-	return n, p.err
-}
-
 func (p *lifecyclePlane) Snapshots(ctx context.Context, team string, f store.SnapshotFilter) ([]store.Snapshot, error) {
 	p.note("snapshots")
 	p.filter = f
@@ -94,14 +84,6 @@ func (p *lifecyclePlane) Snapshots(ctx context.Context, team string, f store.Sna
 		return p.ControlPlane.Snapshots(ctx, team, f)
 	}
 	return p.snaps, p.err
-}
-
-func (p *lifecyclePlane) DeleteSnapshot(ctx context.Context, team, ref string) error {
-	p.note("delete %q", ref)
-	if p.snap == nil {
-		return p.ControlPlane.DeleteSnapshot(ctx, team, ref)
-	}
-	return p.err
 }
 
 func (p *lifecyclePlane) Create(ctx context.Context, team string, req controlplane.CreateRequest) (sandbox.Sandbox, error) {
@@ -266,7 +248,7 @@ func TestASandboxSaysWhatItCameFromAndWhereItGoes(t *testing.T) {
 			b.Spec.SnapshotID, b.Spec.AutoPause = "snap", true
 		}, "snap", map[string]any{"autoResume": false, "onTimeout": "pause"}},
 		{"a fork", func(b *sandbox.Sandbox) {
-			b.Spec.SnapshotID, b.SourceID, b.Spec.AutoResume = "image", "parent", true
+			b.SourceID, b.Spec.AutoResume = "parent", true
 		}, "tpl1", map[string]any{"autoResume": true, "onTimeout": "kill"}},
 	} {
 		got := r.object(r.do("GET", "/sandboxes/"+r.put(sandbox.Running, c.change), nil), 200)
@@ -304,44 +286,88 @@ func TestEveryForkHasAResult(t *testing.T) {
 	same(t, "asked", r.fake.was(), "fork 100 1m0s")
 }
 
-func TestSnapshotsAreMadeListedAndDeleted(t *testing.T) {
+func TestSnapshotsAreMadeUsedAndDeleted(t *testing.T) {
 	r := newRig(t)
 	id := r.create(map[string]any{})["sandboxID"].(string)
-	snap := store.Snapshot{
-		ID: string(sandbox.NewID()), SandboxID: idOf(id), TemplateID: "tpl1", Alias: "base", Kind: store.SnapshotMemory,
-		SizeBytes: 12345, Created: time.Unix(1_700_000_000, 123456789),
-	}
-	r.fake.snap = &snap
-	r.fake.was()
-	for _, c := range []struct {
-		body, asked string
-		names       []any
-	}{
-		{"", `snapshot ""`, []any{}},
-		{"{}", `snapshot ""`, []any{}},
-		{`{"name":""}`, `snapshot ""`, []any{}},
-		{`{"name":"Mine"}`, `snapshot "mine"`, []any{"default/mine:default"}},
-		{`{"name":"default/mine:default"}`, `snapshot "mine"`, []any{"default/mine:default"}},
-		{`{"name":"mine:v1.2"}`, `snapshot "mine:v1.2"`, []any{"default/mine:v1.2"}},
+	path := "/sandboxes/" + id + "/snapshots"
+	got := r.object(r.do("POST", path, nil), 201)
+	same(t, "fields", keys(got), []string{"alias", "createdAt", "kind", "names", "sandboxID", "sizeBytes", "snapshotID", "templateID"})
+	plain := got["snapshotID"].(string)
+	same(t, "names", got["names"], any([]any{}))
+	same(t, "sandbox", got["sandboxID"], any(id))
+	same(t, "kind", got["kind"], any("memory"))
+	for body, name := range map[string]string{
+		`{"name":"Mine"}`:                 "default/mine:default",
+		`{"name":"default/mine:default"}`: "default/mine:default",
+		`{"name":"mine:v1.2"}`:            "default/mine:v1.2",
 	} {
-		got := r.object(r.do("POST", "/sandboxes/"+id+"/snapshots", strings.NewReader(c.body)), 201)
-		same(t, c.body, r.fake.was(), c.asked)
-		same(t, "snapshot", got, map[string]any{
-			"snapshotID": snap.ID + ":default", "names": c.names, "sandboxID": id, "templateID": "tpl1", "alias": "base",
-			"kind": "memory", "sizeBytes": 12345.0, "createdAt": "2023-11-14T22:13:20.123456Z",
-		})
+		same(t, body, r.object(r.do("POST", path, strings.NewReader(body)), 201)["names"], any([]any{name}))
 	}
+	list := r.list(r.do("GET", "/snapshots?sandboxID="+id, nil), 200)
+	same(t, "all", len(list), 4)
+	same(t, "the oldest", list[3], got)
+	for query, want := range map[string]int{
+		"name=mine": 2, "name=default%2FMINE%3Adefault": 2, "name=mine%3Av1.2": 1, "name=mine%3Av2": 0,
+		"name=" + strings.TrimSuffix(plain, ":default"): 1, "name=" + url.QueryEscape(plain): 1, "sandboxID=aaaaaaaaaaaaaaaaaaaa": 0,
+	} {
+		same(t, query, len(r.list(r.do("GET", "/snapshots?"+query, nil), 200)), want)
+	}
+	same(t, "foreign", len(r.list(r.do("GET", "/snapshots", nil, "X-API-Key", foreignKey), 200)), 0)
 
-	for ref, want := range map[string]string{
-		snap.ID: snap.ID, snap.ID + "%3Adefault": snap.ID, "mine": "mine", "default%2Fmine%3Adefault": "mine", "default%2Fmine%3Av2": "mine:v2",
-	} {
-		r.empty(r.do("DELETE", "/templates/"+ref, nil))
-		same(t, ref, r.fake.was(), fmt.Sprintf("delete %q", want))
+	for _, ref := range []string{plain, strings.TrimSuffix(plain, ":default"), "mine", "default/mine:v1.2"} {
+		child := r.create(map[string]any{"templateID": ref})
+		if child["sandboxID"] == id || child["envdAccessToken"] == nil {
+			t.Errorf("created from %s: %v", ref, child)
+		}
+		same(t, "those of it", len(r.list(r.do("GET", "/v2/sandboxes?template="+child["templateID"].(string), nil), 200)) > 0, true)
 	}
-	r.fake.err = sandbox.Errorf(sandbox.ErrConflict, "in use")
-	r.fails(r.do("DELETE", "/templates/mine", nil), 409, "in use")
-	r.fake.err = sandbox.ErrNotFound
-	r.fails(r.do("DELETE", "/templates/mine", nil), 404, `snapshot "mine" not found`)
+	same(t, "the template of its children", len(r.list(r.do("GET", "/v2/sandboxes?template="+url.QueryEscape(plain), nil), 200)), 2)
+	r.fails(r.do("POST", "/v2/sandboxes", map[string]any{"templateID": plain}, "X-API-Key", foreignKey), 404)
+	r.fails(r.do("DELETE", "/templates/"+url.PathEscape(plain), nil, "X-API-Key", foreignKey), 404)
+
+	r.empty(r.do("DELETE", "/sandboxes/"+id, nil)) // snapshots stay
+	for _, ref := range []string{plain, "mine", "default/mine:default", "mine:v1.2"} {
+		r.empty(r.do("DELETE", "/templates/"+url.PathEscape(ref), nil))
+	}
+	r.fails(r.do("DELETE", "/templates/"+url.PathEscape(plain), nil), 404, "not found")
+	same(t, "left", len(r.list(r.do("GET", "/snapshots", nil), 200)), 0)
+	same(t, "images left", r.agent.Images(), nil)
+}
+
+func TestASandboxIsPausedAndResumed(t *testing.T) {
+	r := newRig(t)
+	id := r.create(map[string]any{})["sandboxID"].(string)
+	path := "/sandboxes/" + id
+	state := func() any { return r.object(r.do("GET", path, nil), 200)["state"] }
+	r.object(r.do("POST", path+"/connect", `{"timeout":1}`), 200)
+	r.empty(r.do("POST", path+"/pause", `{"memory":true}`))
+	same(t, "state", state(), any("paused"))
+	r.fails(r.do("POST", path+"/pause", nil), 409, "paused")
+	r.fails(r.do("POST", path+"/timeout", `{"timeout":5}`), 409, "paused")
+	same(t, "resumed", r.object(r.do("POST", "/v2"+path+"/connect", nil), 201)["sandboxID"], any(id))
+	same(t, "state", state(), any("running"))
+	r.fails(r.do("POST", path+"/resume", nil), 409, "running")
+
+	r.empty(r.do("POST", path+"/pause", `{"memory":false}`))
+	r.object(r.do("POST", path+"/resume", `{"timeout":40,"autoPause":true}`), 201)
+	detail := r.object(r.do("GET", path, nil), 200)
+	same(t, "lifecycle", detail["lifecycle"], any(map[string]any{"autoResume": false, "onTimeout": "pause"}))
+	if d := lives(t, detail); d < 38*time.Second || d > 40*time.Second {
+		t.Errorf("lives for %v, want 40 s", d)
+	}
+	forks := r.list(r.do("POST", path+"/fork", strings.NewReader(`{"count":3}`)), 201)
+	same(t, "forks", len(forks), 3)
+	for _, f := range forks {
+		if box, _ := f["sandbox"].(map[string]any); box == nil || box["sandboxID"] == id {
+			t.Errorf("a fork is %v", f)
+		}
+	}
+	r.empty(r.do("POST", path+"/pause", nil))
+	r.empty(r.do("DELETE", path, nil))
+	r.fails(r.do("POST", "/v2"+path+"/connect", nil), 404, "killed")
+	r.fails(r.do("POST", path+"/pause", nil), 404, "killed")
+	r.fails(r.do("POST", path+"/fork", nil), 404, "killed")
+	r.fails(r.do("POST", path+"/snapshots", "{}"), 404, "killed")
 }
 
 func TestPagesOfSnapshotsFollowEachOther(t *testing.T) {

@@ -93,7 +93,7 @@ func (a *api) listed(b sandbox.Sandbox) listedSandbox {
 // templateOf names what the sandbox was created from: a snapshot is a template to
 // E2B's clients.
 func templateOf(b sandbox.Sandbox) string {
-	if b.Spec.SnapshotID != "" && b.SourceID == "" {
+	if b.Spec.SnapshotID != "" {
 		return b.Spec.SnapshotID
 	}
 	return b.Spec.TemplateID

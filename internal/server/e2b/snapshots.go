@@ -54,44 +54,11 @@ func (a *api) snapshot(c *call) error {
 	if _, err := decode(c.r, &body); err != nil {
 		return err
 	}
-	name, err := a.newName(c, body.Name)
-	if err != nil {
-		return err
-	}
-	n, err := a.plane.Snapshot(c.r.Context(), c.team.ID, id, name)
+	n, err := a.plane.Snapshot(c.r.Context(), c.team.ID, id, body.Name)
 	if err != nil {
 		return err
 	}
 	return writeJSON(c.w, http.StatusCreated, snapshotOf(n, c.team))
-}
-
-// newName checks what a snapshot is to be called. A template's name would hide it.
-func (a *api) newName(c *call, asked string) (string, error) {
-	if asked == "" {
-		return "", nil
-	}
-	team, name, err := sandbox.ParseName(asked)
-	if err != nil {
-		return "", err
-	}
-	if team != "" && team != c.team.Slug {
-		return "", invalid("name %q: the team is not yours, which is %q", clip(asked), c.team.Slug)
-	}
-	_, err = a.plane.Template(c.r.Context(), c.team.ID, name)
-	switch {
-	case errors.Is(err, sandbox.ErrNotFound):
-		return name, nil
-	case err == nil, errors.Is(err, sandbox.ErrForbidden):
-		return "", sandbox.Errorf(sandbox.ErrConflict, "name %q is taken by a template: choose another", clip(asked))
-	}
-	return "", err
-}
-
-// named makes of a reference to a snapshot what the control plane knows it by; false
-// when nothing of the team's can be called that.
-func (c *call) named(ref string) (string, bool) {
-	team, name, err := sandbox.ParseName(ref)
-	return name, err == nil && (team == "" || team == c.team.Slug)
 }
 
 func (a *api) listSnapshots(c *call) error {
@@ -111,15 +78,15 @@ func (a *api) listSnapshots(c *call) error {
 		}
 		f.After = &store.SnapshotCursor{Created: cursor.Started, ID: string(cursor.ID)}
 	}
-	possible := true
+	possible := true // that there is anything of that name and of that sandbox
 	if text := query.Get("sandboxID"); text != "" {
 		plain, _, _ := strings.Cut(text, "-")
 		f.SandboxID, err = sandbox.ParseID(plain)
 		possible = err == nil
 	}
 	if text := query.Get("name"); text != "" {
-		name, ok := c.named(text)
-		f.Ref, possible = name, possible && ok
+		team, name, err := sandbox.ParseName(text)
+		f.Ref, possible = name, possible && err == nil && (team == "" || team == c.team.Slug)
 	}
 	var snapshots []store.Snapshot
 	if possible {
@@ -142,24 +109,17 @@ func (a *api) listSnapshots(c *call) error {
 // deleteTemplate deletes a snapshot, which E2B's clients take for a template.
 func (a *api) deleteTemplate(c *call) error {
 	ref := c.params["templateID"]
-	notFound := sandbox.Errorf(sandbox.ErrNotFound, "snapshot %q not found", clip(ref))
-	name, ok := c.named(ref)
-	if !ok {
-		return notFound
-	}
-	err := a.plane.DeleteSnapshot(c.r.Context(), c.team.ID, name)
+	err := a.plane.DeleteSnapshot(c.r.Context(), c.team.ID, ref)
 	if err == nil {
 		return noContent(c.w)
 	}
-	if !errors.Is(err, sandbox.ErrNotFound) {
-		return err
+	if errors.Is(err, sandbox.ErrNotFound) {
+		switch _, terr := a.plane.Template(c.r.Context(), c.team.ID, ref); {
+		case terr == nil:
+			return notServed("deleting templates other than snapshots")
+		case !errors.Is(terr, sandbox.ErrNotFound):
+			return terr
+		}
 	}
-	switch _, err := a.plane.Template(c.r.Context(), c.team.ID, ref); {
-	case err == nil:
-		return notServed("deleting templates other than snapshots")
-	case errors.Is(err, sandbox.ErrNotFound):
-		return notFound
-	default:
-		return err
-	}
+	return err
 }
