@@ -106,20 +106,26 @@ func newTransport() *http.Transport {
 	}
 }
 
+// answer is what there is to an answer of the control API beside its body.
+type answer struct {
+	status int
+	header http.Header
+}
+
 // call does one exchange with the control API: in, when not nil, is sent as JSON,
-// and the answer is decoded into out, when not nil. The header is the answer's.
-func (c *Client) call(ctx context.Context, op, method, path string, in, out any) (http.Header, error) {
+// and the answer's body is decoded into out, when not nil.
+func (c *Client) call(ctx context.Context, op, method, path string, in, out any) (answer, error) {
 	var body io.Reader
 	if in != nil {
 		encoded, err := json.Marshal(in)
 		if err != nil {
-			return nil, fmt.Errorf("%s: encode request: %w", op, err)
+			return answer{}, fmt.Errorf("%s: encode request: %w", op, err)
 		}
 		body = bytes.NewReader(encoded)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, c.config.APIURL+path, body)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
+		return answer{}, fmt.Errorf("%s: %w", op, err)
 	}
 	req.Header.Set("X-API-Key", c.config.APIKey)
 	req.Header.Set("User-Agent", "wrenn-cli")
@@ -128,20 +134,20 @@ func (c *Client) call(ctx context.Context, op, method, path string, in, out any)
 	}
 	resp, err := c.control.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
+		return answer{}, fmt.Errorf("%s: %w", op, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {
-		return nil, readError(op, resp)
+		return answer{}, readError(op, resp)
 	}
 	if out == nil {
 		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxErrorBody)) // so that the connection can be used again
-		return resp.Header, nil
+		return answer{resp.StatusCode, resp.Header}, nil
 	}
 	if err := json.NewDecoder(resp.Body).Decode(out); err != nil {
-		return nil, fmt.Errorf("%s: decode answer: %w", op, err)
+		return answer{}, fmt.Errorf("%s: decode answer: %w", op, err)
 	}
-	return resp.Header, nil
+	return answer{resp.StatusCode, resp.Header}, nil
 }
 
 // goneTransport turns the proxy's 502 answers into GoneErrors. Left to the RPC

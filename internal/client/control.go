@@ -27,6 +27,13 @@ type Info struct {
 	EnvdAccessToken    string            `json:"envdAccessToken,omitempty"`    // a secret: for envd only
 	TrafficAccessToken string            `json:"trafficAccessToken,omitempty"` // a secret: for the other ports, where they are protected
 	Domain             string            `json:"domain,omitempty"`
+	Lifecycle          *Lifecycle        `json:"lifecycle,omitempty"`
+}
+
+// Lifecycle is what happens to a sandbox by itself.
+type Lifecycle struct {
+	OnTimeout  string `json:"onTimeout"` // kill or pause
+	AutoResume bool   `json:"autoResume"`
 }
 
 // CreateRequest describes a sandbox to create. Zero values leave the choice to
@@ -39,11 +46,18 @@ type CreateRequest struct {
 	AllowInternetAccess *bool
 	Protected           bool   // ports want the traffic token or a preview link
 	MaskRequestHost     string // Host that its applications see; empty: the client's
+	AutoPause           bool   // at the end of its time it is paused, not killed
+	FilesOnly           bool   // that pause keeps files only
+	AutoResume          bool   // a request to one of its ports wakes it
 }
 
 type network struct {
 	AllowPublicTraffic *bool  `json:"allowPublicTraffic,omitempty"`
 	MaskRequestHost    string `json:"maskRequestHost,omitempty"`
+}
+
+type autoResume struct {
+	Enabled bool `json:"enabled"`
 }
 
 // Create starts a sandbox and returns when it serves. Its processes and files are
@@ -56,9 +70,19 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (Info, error) {
 		EnvVars             map[string]string `json:"envVars,omitempty"`
 		AllowInternetAccess *bool             `json:"allow_internet_access,omitempty"`
 		Network             network           `json:"network,omitzero"`
-	}{r.TemplateID, seconds(r.Timeout), r.Metadata, r.EnvVars, r.AllowInternetAccess, network{MaskRequestHost: r.MaskRequestHost}}
+		AutoPause           bool              `json:"autoPause,omitempty"`
+		AutoPauseMemory     *bool             `json:"autoPauseMemory,omitempty"`
+		AutoResume          autoResume        `json:"autoResume,omitzero"`
+	}{
+		TemplateID: r.TemplateID, Timeout: seconds(r.Timeout), Metadata: r.Metadata, EnvVars: r.EnvVars,
+		AllowInternetAccess: r.AllowInternetAccess, Network: network{MaskRequestHost: r.MaskRequestHost},
+		AutoPause: r.AutoPause, AutoResume: autoResume{r.AutoResume},
+	}
 	if r.Protected {
 		body.Network.AllowPublicTraffic = new(bool)
+	}
+	if r.FilesOnly {
+		body.AutoPauseMemory = new(bool)
 	}
 	var info Info
 	_, err := c.call(ctx, "create sandbox", http.MethodPost, "/v2/sandboxes", body, &info)
@@ -147,8 +171,11 @@ func (c *Client) List(ctx context.Context, q ListQuery) (page []Info, next strin
 	if len(values) > 0 {
 		path += "?" + values.Encode()
 	}
-	header, err := c.call(ctx, "list sandboxes", http.MethodGet, path, nil, &page)
-	return page, header.Get("X-Next-Token"), err
+	answer, err := c.call(ctx, "list sandboxes", http.MethodGet, path, nil, &page)
+	if err != nil {
+		return nil, "", err
+	}
+	return page, answer.header.Get("X-Next-Token"), nil
 }
 
 // ListAll returns every sandbox that the query matches, all pages of it.

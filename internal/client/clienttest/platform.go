@@ -46,6 +46,8 @@ type Platform struct {
 	open      atomic.Int32 // requests to them
 	mu        sync.Mutex
 	sandboxes map[string]*guest
+	snapshots []client.Snapshot // newest first
+	events    map[string][]client.Event
 	killed    []string
 	requests  []string // "METHOD path body" of the control API
 }
@@ -60,7 +62,7 @@ type guest struct {
 
 // New starts a platform that ends with the test.
 func New(t testing.TB) *Platform {
-	p := &Platform{t: t, sandboxes: make(map[string]*guest)}
+	p := &Platform{t: t, sandboxes: make(map[string]*guest), events: make(map[string][]client.Event)}
 	p.ports = proxy.New(proxy.Config{Resolver: p})
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v2/sandboxes", p.create)
@@ -70,6 +72,13 @@ func New(t testing.TB) *Platform {
 	mux.HandleFunc("POST /sandboxes/{id}/timeout", p.timeout)
 	mux.HandleFunc("POST /sandboxes/{id}/refreshes", p.timeout)
 	mux.HandleFunc("POST /sandboxes/{id}/preview-links", p.previewLink)
+	mux.HandleFunc("POST /sandboxes/{id}/pause", p.pause)
+	mux.HandleFunc("POST /v2/sandboxes/{id}/connect", p.connect)
+	mux.HandleFunc("POST /sandboxes/{id}/fork", p.fork)
+	mux.HandleFunc("POST /sandboxes/{id}/snapshots", p.snapshot)
+	mux.HandleFunc("GET /snapshots", p.listSnapshots)
+	mux.HandleFunc("DELETE /templates/{ref}", p.deleteSnapshot)
+	mux.HandleFunc("GET /sandboxes/{id}/events", p.listEvents)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.Header.Get("E2b-Sandbox-Port") {
 		case "":
@@ -82,8 +91,10 @@ func New(t testing.TB) *Platform {
 			p.ports.ServeHTTP(w, r)
 			return
 		}
+		body, _ := io.ReadAll(r.Body) // what is missing is for the handler to complain about
+		r.Body = io.NopCloser(bytes.NewReader(body))
 		p.mu.Lock()
-		p.requests = append(p.requests, r.Method+" "+r.URL.RequestURI())
+		p.requests = append(p.requests, strings.TrimSpace(r.Method+" "+r.URL.RequestURI()+" "+string(body)))
 		p.mu.Unlock()
 		if r.Header.Get("X-API-Key") != APIKey {
 			fail(w, http.StatusUnauthorized, "invalid API key")
@@ -103,7 +114,7 @@ func New(t testing.TB) *Platform {
 
 // Resolve implements proxy.Resolver.
 func (p *Platform) Resolve(_ context.Context, id string) (proxy.Target, error) {
-	if p.find(id) == nil {
+	if !p.runs(id) {
 		return proxy.Target{}, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s not found", id)
 	}
 	return proxy.Target{SandboxID: id, Addr: netip.MustParseAddr("127.0.0.1")}, nil
@@ -149,7 +160,7 @@ func (p *Platform) Killed() []string {
 	return slices.Clone(p.killed)
 }
 
-// Requests returns what the control API was asked: "METHOD path?query".
+// Requests returns what the control API was asked: "METHOD path?query body".
 func (p *Platform) Requests() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -186,21 +197,25 @@ func (p *Platform) create(w http.ResponseWriter, r *http.Request) {
 			AllowPublicTraffic *bool
 			MaskRequestHost    string
 		} `json:"network"`
+		AutoPause  bool `json:"autoPause"`
+		AutoResume struct {
+			Enabled bool `json:"enabled"`
+		} `json:"autoResume"`
 	}
 	if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
 		fail(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	if body.TemplateID != "base" {
+	if body.TemplateID != "base" && !p.hasSnapshot(body.TemplateID) {
 		fail(w, http.StatusNotFound, fmt.Sprintf("template '%s' not found", body.TemplateID))
 		return
 	}
 	now := time.Now()
 	info := client.Info{
-		SandboxID: string(sandbox.NewID()), TemplateID: "base", Alias: "base", ClientID: "test",
+		SandboxID: string(sandbox.NewID()), TemplateID: body.TemplateID, Alias: "base", ClientID: "test",
 		State: "running", StartedAt: now, EndAt: now.Add(time.Duration(cmp.Or(body.Timeout, 300)) * time.Second),
 		CPUCount: 2, MemoryMB: 512, DiskSizeMB: 1024, Metadata: body.Metadata, EnvdVersion: envd.Version,
-		EnvdAccessToken: "token-" + string(sandbox.NewID()),
+		EnvdAccessToken: "token-" + string(sandbox.NewID()), Lifecycle: lifecycle(body.AutoPause, body.AutoResume.Enabled),
 	}
 	if public := body.Network.AllowPublicTraffic; public != nil && !*public {
 		info.TrafficAccessToken = "traffic for " + body.Network.MaskRequestHost
@@ -210,9 +225,7 @@ func (p *Platform) create(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusInternalServerError, err.Error())
 		return
 	}
-	p.mu.Lock()
-	p.sandboxes[info.SandboxID] = g
-	p.mu.Unlock()
+	p.add(g, "created")
 	answer(w, http.StatusCreated, info)
 }
 
@@ -304,6 +317,7 @@ func (p *Platform) kill(w http.ResponseWriter, r *http.Request) {
 	}
 	p.mu.Lock()
 	p.killed = append(p.killed, id)
+	p.happened(id, "stopped", "it was killed")
 	p.mu.Unlock()
 	w.WriteHeader(http.StatusNoContent)
 }
@@ -373,26 +387,31 @@ func (p *Platform) list(w http.ResponseWriter, r *http.Request) {
 		}
 		if matches {
 			info := g.info
-			info.EnvdAccessToken = ""
+			info.EnvdAccessToken, info.Lifecycle = "", nil
 			all = append(all, info)
 		}
 	}
 	p.mu.Unlock()
 	slices.SortFunc(all, func(a, b client.Info) int { return b.StartedAt.Compare(a.StartedAt) })
-	offset, _ := strconv.Atoi(r.URL.Query().Get("nextToken"))
+	answer(w, http.StatusOK, page(p, w, r.URL.Query(), all))
+}
+
+// page cuts the page that was asked for out of a list.
+func page[T any](p *Platform, w http.ResponseWriter, query url.Values, all []T) []T {
+	offset, _ := strconv.Atoi(query.Get("nextToken"))
 	all = all[min(offset, len(all)):]
 	if size := cmp.Or(p.PageSize, 100); len(all) > size {
 		all = all[:size]
 		w.Header().Set("X-Next-Token", strconv.Itoa(offset+size))
 	}
-	answer(w, http.StatusOK, all)
+	return all
 }
 
 // forward is the data plane.
 func (p *Platform) forward(w http.ResponseWriter, r *http.Request) {
 	id := r.Header.Get("E2b-Sandbox-Id")
 	g := p.find(id)
-	if g == nil || r.Header.Get("E2b-Sandbox-Port") != "49983" {
+	if g == nil || !p.runs(id) || r.Header.Get("E2b-Sandbox-Port") != "49983" {
 		answer(w, http.StatusBadGateway, map[string]any{"sandboxId": id, "message": "The sandbox was not found", "code": 502})
 		return
 	}
