@@ -102,6 +102,7 @@ func newRootCmd() *cobra.Command {
 		newDownCmd(),
 		newRunCmd(),
 		newSandboxCmd(),
+		newSnapshotCmd(),
 		newDoctorCmd(),
 		newEnvCmd(),
 		newCACmd(),

@@ -69,7 +69,7 @@ the sandbox.`,
 		},
 	}
 	cmd.Flags().SetInterspersed(false)
-	cmd.Flags().StringVar(&opts.template, "template", "base", "template of the sandbox")
+	cmd.Flags().StringVar(&opts.template, "template", "base", "template or snapshot that the sandbox starts from")
 	cmd.Flags().DurationVar(&opts.timeout, "timeout", 0, "end the command after this time (default: no limit)")
 	cmd.Flags().BoolVar(&opts.noInternet, "no-internet", false, "give the sandbox no access to the internet")
 	command.register(cmd)

@@ -18,8 +18,8 @@ func newSandboxCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "sandbox",
 		Aliases: []string{"sb"},
-		Short:   "Create, list, use and end sandboxes",
-		Long: `Create, list, use and end sandboxes.
+		Short:   "Create, list, use, pause, copy and end sandboxes",
+		Long: `Create, list, use, pause, copy and end sandboxes.
 
 A sandbox is named by its id or by the beginning of it, as long as that fits only
 one.`,
@@ -33,6 +33,11 @@ one.`,
 		newSandboxExecCmd(),
 		newSandboxShellCmd(),
 		newSandboxKillCmd(),
+		newSandboxPauseCmd(),
+		newSandboxResumeCmd(),
+		newSandboxSnapshotCmd(),
+		newSandboxForkCmd(),
+		newSandboxEventsCmd(),
 		newSandboxCopyCmd(),
 		newSandboxLinkCmd(),
 		newSandboxForwardCmd(),
@@ -51,6 +56,20 @@ func findSandbox(ctx context.Context, c *client.Client, prefix string) (client.I
 		return client.Info{}, noSandbox(id, err)
 	}
 	return info, nil
+}
+
+// findAwake is findSandbox for whoever is about to use the sandbox. One that wakes
+// by itself when it is used is woken.
+func findAwake(ctx context.Context, c *client.Client, prefix string) (client.Info, error) {
+	info, err := findSandbox(ctx, c, prefix)
+	if err != nil || info.State != "paused" {
+		return info, err
+	}
+	if info.Lifecycle == nil || !info.Lifecycle.AutoResume {
+		return client.Info{}, sandbox.Errorf(sandbox.ErrConflict, "sandbox %s is paused: `wrenn sandbox resume %s` wakes it", info.SandboxID, prefix)
+	}
+	info, _, err = c.Connect(ctx, info.SandboxID, client.ConnectRequest{})
+	return info, err
 }
 
 // findSandboxID makes a whole id of a prefix. One that is whole already is not

@@ -49,7 +49,7 @@ at the user's home.`,
 				return err
 			}
 			src, dst := parseLocation(args[0]), parseLocation(args[1])
-			info, err := findSandbox(cmd.Context(), c, src.sandbox+dst.sandbox)
+			info, err := findAwake(cmd.Context(), c, src.sandbox+dst.sandbox)
 			if err != nil {
 				return err
 			}

@@ -34,7 +34,7 @@ command. The sandbox's time to live is not changed.`,
 			if err != nil {
 				return &exitError{exitPlatform, err}
 			}
-			info, err := findSandbox(cmd.Context(), c, args[0])
+			info, err := findAwake(cmd.Context(), c, args[0])
 			if err != nil {
 				return exitStatus(client.Exit{}, err)
 			}

@@ -57,7 +57,7 @@ localhost, on IPv4 and IPv6, if left out.
 			if err != nil {
 				return err
 			}
-			info, err := findSandbox(cmd.Context(), c, args[0])
+			info, err := findAwake(cmd.Context(), c, args[0])
 			if err != nil {
 				return err
 			}

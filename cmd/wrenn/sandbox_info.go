@@ -36,7 +36,8 @@ func newSandboxInfoCmd() *cobra.Command {
 				{"memory", fmt.Sprintf("%d MiB", info.MemoryMB)},
 				{"disk", fmt.Sprintf("%d MiB", info.DiskSizeMB)},
 				{"started", info.StartedAt.Format(time.RFC3339)},
-				{"ends", info.EndAt.Format(time.RFC3339)},
+				{end(info), info.EndAt.Format(time.RFC3339)},
+				{"timeout", onTimeout(info)},
 				{"ports", ports(info)},
 				{"envd", info.EnvdVersion},
 				{"metadata", joinPairs(info.Metadata)},
@@ -45,6 +46,25 @@ func newSandboxInfoCmd() *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, access tokens included")
 	return cmd
+}
+
+// end names what info's EndAt is the time of.
+func end(info client.Info) string {
+	if info.State == "paused" {
+		return "paused"
+	}
+	return "ends"
+}
+
+// onTimeout says what happens to the sandbox by itself.
+func onTimeout(info client.Info) string {
+	if info.Lifecycle == nil {
+		return ""
+	}
+	if info.Lifecycle.AutoResume {
+		return info.Lifecycle.OnTimeout + ", requests wake it"
+	}
+	return info.Lifecycle.OnTimeout
 }
 
 // ports says who may reach the sandbox's ports.

@@ -20,7 +20,7 @@ func newSandboxKillCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "kill ID… | --all",
 		Aliases: []string{"rm"},
-		Short:   "End sandboxes",
+		Short:   "End sandboxes, running or paused",
 		Args: func(_ *cobra.Command, args []string) error {
 			if all == (len(args) > 0) {
 				return usageErrorf("want ids or --all")
@@ -44,7 +44,7 @@ func newSandboxKillCmd() *cobra.Command {
 			return killSandboxes(cmd.Context(), c, args, all)
 		},
 	}
-	cmd.Flags().BoolVar(&all, "all", false, "end all sandboxes")
+	cmd.Flags().BoolVar(&all, "all", false, "end all sandboxes, those that are paused too")
 	return cmd
 }
 

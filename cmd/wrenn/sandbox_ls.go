@@ -63,6 +63,10 @@ func newSandboxListCmd() *cobra.Command {
 func sandboxRows(all []client.Info, now time.Time) [][]string {
 	rows := [][]string{{"ID", "TEMPLATE", "STATE", "CPUS", "MEMORY", "AGE", "ENDS IN", "METADATA"}}
 	for _, info := range all {
+		ends := max(0, info.EndAt.Sub(now)).Round(time.Second).String()
+		if info.State == "paused" {
+			ends = "-"
+		}
 		rows = append(rows, []string{
 			info.SandboxID,
 			cmp.Or(info.Alias, info.TemplateID),
@@ -70,7 +74,7 @@ func sandboxRows(all []client.Info, now time.Time) [][]string {
 			fmt.Sprint(info.CPUCount),
 			fmt.Sprintf("%d MiB", info.MemoryMB),
 			now.Sub(info.StartedAt).Round(time.Second).String(),
-			max(0, info.EndAt.Sub(now)).Round(time.Second).String(),
+			ends,
 			joinPairs(info.Metadata),
 		})
 	}

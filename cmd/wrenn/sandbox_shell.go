@@ -25,7 +25,7 @@ run into its timeout.`,
 			if err != nil {
 				return &exitError{exitPlatform, err}
 			}
-			info, err := findSandbox(cmd.Context(), c, args[0])
+			info, err := findAwake(cmd.Context(), c, args[0])
 			if err != nil {
 				return exitStatus(client.Exit{}, err)
 			}
