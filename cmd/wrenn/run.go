@@ -227,7 +227,7 @@ func keepAlive(ctx context.Context, lease time.Duration, renew func(context.Cont
 }
 
 // explainLoss returns err, the end of an attachment, in better words when it came
-// about because the sandbox has ended.
+// about because the sandbox has ended or is paused. The latter is an errPaused.
 func explainLoss(ctx context.Context, c *client.Client, id string, err error) error {
 	var exit *exitError
 	var output *client.OutputError
@@ -236,7 +236,11 @@ func explainLoss(ctx context.Context, c *client.Client, id string, err error) er
 	}
 	ctx, cancel := context.WithTimeout(ctx, signalTimeout)
 	defer cancel()
-	if _, getErr := c.Get(ctx, id); errors.Is(getErr, sandbox.ErrNotFound) {
+	info, getErr := c.Get(ctx, id)
+	switch {
+	case getErr == nil && info.State == "paused":
+		return fmt.Errorf("the command's output has ended: %w", errPaused(id))
+	case errors.Is(getErr, sandbox.ErrNotFound):
 		var answer *client.APIError
 		errors.As(getErr, &answer)
 		return &exitError{128 + int(syscall.SIGKILL), fmt.Errorf("the sandbox ended while the command ran: %s", answer.Message)}

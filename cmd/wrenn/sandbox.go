@@ -66,10 +66,17 @@ func findAwake(ctx context.Context, c *client.Client, prefix string) (client.Inf
 		return info, err
 	}
 	if info.Lifecycle == nil || !info.Lifecycle.AutoResume {
-		return client.Info{}, sandbox.Errorf(sandbox.ErrConflict, "sandbox %s is paused: `wrenn sandbox resume %s` wakes it", info.SandboxID, prefix)
+		return client.Info{}, errPaused(info.SandboxID)
 	}
 	info, _, err = c.Connect(ctx, info.SandboxID, client.ConnectRequest{})
 	return info, err
+}
+
+// errPaused says that the sandbox of that id is paused.
+type errPaused string
+
+func (id errPaused) Error() string {
+	return fmt.Sprintf("sandbox %s is paused: `wrenn sandbox resume %s` wakes it", string(id), string(id))
 }
 
 // findSandboxID makes a whole id of a prefix. One that is whole already is not

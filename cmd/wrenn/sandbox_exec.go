@@ -56,7 +56,7 @@ func execArgs(args []string) []string {
 }
 
 // runInSandbox runs the command in a sandbox that outlives it. A command that
-// nobody is attached to any more is killed.
+// nobody is attached to any more is killed, unless it is paused with its sandbox.
 func runInSandbox(ctx context.Context, c *client.Client, info client.Info, a *attachment) error {
 	signals, stop := watchSignals()
 	defer stop()
@@ -64,10 +64,12 @@ func runInSandbox(ctx context.Context, c *client.Client, info client.Info, a *at
 	exit, err := a.run(ctx, c.Sandbox(info))
 	var started *exitError
 	if p := a.process.Load(); p != nil && err != nil && !errors.As(err, &started) {
+		if err = explainLoss(ctx, c, info.SandboxID, err); errors.As(err, new(errPaused)) {
+			return exitStatus(exit, err) // a signal would wake it, or find it gone
+		}
 		killCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), signalTimeout)
 		defer cancel()
 		_ = p.Signal(killCtx, syscall.SIGKILL) // fails when it is gone, or the sandbox is
-		err = explainLoss(ctx, c, info.SandboxID, err)
 	}
 	return exitStatus(exit, err)
 }

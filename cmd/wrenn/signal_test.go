@@ -138,3 +138,29 @@ func TestExecThatIsGivenUpKillsTheCommandNotTheSandbox(t *testing.T) {
 		t.Errorf("the command, or the sandbox: %+v, %v", result, err)
 	}
 }
+
+func TestExecInASandboxThatIsPausedLeavesTheCommandToIt(t *testing.T) {
+	p, dir := newPlatformDir(t)
+	c := p.Client()
+	info, err := c.Create(t.Context(), client.CreateRequest{TemplateID: "base", AutoResume: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := wrennCommand(p, dir, "sandbox", "exec", info.SandboxID, "--", "sh", "-c", "echo pid $$; exec sleep 60")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	pid := piped(t, cmd).await(`pid (\d+)\n`)[1]
+	if err := c.Pause(t.Context(), info.SandboxID, true); err != nil {
+		t.Fatal(err)
+	}
+	if code := exitCode(cmd.Wait()); code != 125 || !strings.Contains(stderr.String(), "is paused: `wrenn sandbox resume "+info.SandboxID+"` wakes it") {
+		t.Errorf("exit code %d, %q", code, stderr.String())
+	}
+	if _, _, err := c.Connect(t.Context(), info.SandboxID, client.ConnectRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	result, err := c.Sandbox(info).Run(t.Context(), client.Command{Path: "kill", Args: []string{"-0", pid}})
+	if err != nil || result.Status() != 0 {
+		t.Errorf("the command after the pause: %+v, %v", result, err)
+	}
+}

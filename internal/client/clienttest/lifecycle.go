@@ -57,7 +57,11 @@ func (p *Platform) move(id, from, to, cause string) (client.Info, int) {
 	case g.info.State != from:
 		return g.info, http.StatusConflict
 	}
-	g.info.State = to
+	if g.info.State = to; to == "paused" {
+		g.sleep()
+	} else {
+		g.wake()
+	}
 	p.happened(id, to, cause)
 	return g.info, 0
 }

@@ -58,6 +58,9 @@ type guest struct {
 	url   *url.URL
 	proxy *httputil.ReverseProxy
 	stop  func()
+
+	awake context.Context // ends when it is paused, and its streams with it
+	sleep func()
 }
 
 // New starts a platform that ends with the test.
@@ -257,6 +260,7 @@ func startGuest(info client.Info, env map[string]string) (*guest, error) {
 			_ = syscall.Kill(-pid, syscall.SIGKILL)
 		}
 	}}
+	g.wake()
 	body, _ := json.Marshal(map[string]any{"accessToken": info.EnvdAccessToken, "envVars": env})
 	resp, err := http.Post(u.String()+"/init", "application/json", bytes.NewReader(body))
 	if err != nil {
@@ -270,6 +274,8 @@ func startGuest(info client.Info, env map[string]string) (*guest, error) {
 	}
 	return g, nil
 }
+
+func (g *guest) wake() { g.awake, g.sleep = context.WithCancel(context.Background()) }
 
 // processes returns the pids of what runs in the sandbox.
 func processes(info client.Info, u *url.URL) []int {
@@ -418,7 +424,13 @@ func (p *Platform) forward(w http.ResponseWriter, r *http.Request) {
 	// An answer that begins while the request is still being read must not end the
 	// reading: the copy of the request would fail and take the answer with it.
 	_ = http.NewResponseController(w).EnableFullDuplex()
-	g.proxy.ServeHTTP(w, r)
+	p.mu.Lock()
+	awake := g.awake
+	p.mu.Unlock()
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(awake, cancel)()
+	g.proxy.ServeHTTP(w, r.WithContext(ctx))
 }
 
 func fail(w http.ResponseWriter, status int, message string) {
