@@ -16,14 +16,16 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/wrenn/wrenn/internal/client"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
+	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// floor makes sandboxes with nothing of the platform: the bare commands `runsc
-// create` and `runsc start` on the same template and guest agent, in a network
-// slot prepared ahead, as the platform's are.
+// floor makes sandboxes with nothing of the platform: the bare commands of runsc
+// on the same template and guest agent, in a network slot prepared ahead, as the
+// platform's are.
 type floor struct {
 	runsc, envd, rootfs string
 	dir                 string
@@ -31,7 +33,10 @@ type floor struct {
 	http                *http.Client
 }
 
-const floorTag = "bbbb"
+const (
+	floorTag   = "bbbb"
+	floorSlots = forks // prepared ahead
+)
 
 // newFloor uses what the platform in dataDir uses.
 func newFloor(ctx context.Context, dataDir string) (*floor, error) {
@@ -54,7 +59,7 @@ func newFloor(ctx context.Context, dataDir string) (*floor, error) {
 		return nil, fmt.Errorf("make floor directory: %w", err)
 	}
 	f.slots, err = network.Open(ctx, network.Config{
-		Tag: floorTag, CIDR: netip.MustParsePrefix("10.251.0.0/16"), Ready: 2, Log: slog.New(slog.DiscardHandler),
+		Tag: floorTag, CIDR: netip.MustParsePrefix("10.251.0.0/16"), Ready: floorSlots, Log: slog.New(slog.DiscardHandler),
 	}, nil)
 	if err != nil {
 		os.RemoveAll(f.dir)
@@ -71,40 +76,88 @@ func (f *floor) close(ctx context.Context) error {
 	)
 }
 
-// measure makes one sandbox and returns the time from `runsc create` to the
+// bare is one sandbox of the floor's.
+type bare struct {
+	floor  *floor
+	id     string
+	bundle string
+	slot   *network.Slot
+}
+
+// boot makes a sandbox and returns it with the time from `runsc create` to the
 // guest agent's first answer.
-func (f *floor) measure(ctx context.Context, id string) (took time.Duration, err error) {
-	slot, err := f.slots.Acquire(ctx, network.Policy{AllowInternet: true})
+func (f *floor) boot(ctx context.Context) (*bare, time.Duration, error) {
+	return f.start(ctx, func(b *bare) error {
+		if err := f.run(ctx, b.bundle, "create", "--bundle", b.bundle, b.id); err != nil {
+			return err
+		}
+		return f.run(ctx, b.bundle, "start", b.id)
+	})
+}
+
+// restore makes a sandbox of an image that checkpoint wrote, likewise.
+func (f *floor) restore(ctx context.Context, image string) (*bare, time.Duration, error) {
+	return f.start(ctx, func(b *bare) error {
+		return f.run(ctx, b.bundle, "restore", "--detach", "--image-path", image, "--bundle", b.bundle, b.id)
+	})
+}
+
+func (f *floor) start(ctx context.Context, start func(*bare) error) (_ *bare, took time.Duration, err error) {
+	b := &bare{floor: f, id: string(sandbox.NewID())}
+	b.bundle = filepath.Join(f.dir, b.id)
+	if b.slot, err = f.slots.Acquire(ctx, network.Policy{AllowInternet: true}); err != nil {
+		return nil, 0, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.stop(ctx))
+		}
+	}()
+	if err := f.writeBundle(b.bundle, b.slot); err != nil {
+		return nil, 0, err
+	}
+	if err := b.slot.Prepare(); err != nil {
+		return nil, 0, err
+	}
+	begin := time.Now()
+	if err := start(b); err != nil {
+		return nil, 0, err
+	}
+	if err := f.waitHealthy(ctx, b.slot.HostAddr); err != nil {
+		return nil, 0, err
+	}
+	return b, time.Since(begin), nil
+}
+
+// checkpoint writes the sandbox into dir, which it makes, and thereby ends it.
+func (b *bare) checkpoint(ctx context.Context, dir string) (time.Duration, error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return 0, err
+	}
+	begin := time.Now()
+	err := b.floor.run(ctx, b.bundle, "checkpoint", "--compression=none", "--image-path", dir, b.id)
+	return time.Since(begin), err
+}
+
+// firstOutput runs a command and returns the time to its first output. It asks the
+// guest agent itself, with nothing between.
+func (b *bare) firstOutput(ctx context.Context, path string, args ...string) (time.Duration, error) {
+	at := fmt.Sprintf("http://%s:49983", b.slot.HostAddr)
+	c, err := client.New(client.Config{APIURL: at, SandboxURL: at})
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, f.slots.Release(context.WithoutCancel(ctx), slot)) }()
-	bundle := filepath.Join(f.dir, id)
-	if err := f.writeBundle(bundle, slot); err != nil {
-		return 0, err
-	}
-	if err := slot.Prepare(); err != nil {
-		return 0, err
-	}
-	defer func() {
-		ctx := context.WithoutCancel(ctx)
-		_ = f.run(ctx, bundle, "kill", id, "KILL") // it may have ended already
-		if derr := f.run(ctx, bundle, "delete", "-force", id); err == nil {
-			err = derr
-		}
-		os.RemoveAll(bundle)
-	}()
+	defer c.Close()
 	begin := time.Now()
-	if err := f.run(ctx, bundle, "create", "--bundle", bundle, id); err != nil {
-		return 0, err
-	}
-	if err := f.run(ctx, bundle, "start", id); err != nil {
-		return 0, err
-	}
-	if err := f.waitHealthy(ctx, slot.HostAddr); err != nil {
-		return 0, err
-	}
-	return time.Since(begin), nil
+	err = firstOutput(ctx, c.Sandbox(client.Info{SandboxID: b.id}), path, args...)
+	return time.Since(begin), err
+}
+
+func (b *bare) stop(ctx context.Context) error {
+	ctx = context.WithoutCancel(ctx)
+	_ = b.floor.run(ctx, b.bundle, "kill", b.id, "KILL") // it may have ended already
+	err := b.floor.run(ctx, b.bundle, "delete", "-force", b.id)
+	return errors.Join(err, os.RemoveAll(b.bundle), b.floor.slots.Release(ctx, b.slot))
 }
 
 func (f *floor) run(ctx context.Context, bundle string, args ...string) error {

@@ -49,6 +49,7 @@ type CreateRequest struct {
 	AutoPause           bool   // at the end of its time it is paused, not killed
 	FilesOnly           bool   // that pause keeps files only
 	AutoResume          bool   // a request to one of its ports wakes it
+	Start               string // how to start it from a template, for measurements: image (not from the pool) or boot; empty: the quickest way
 }
 
 type network struct {
@@ -73,10 +74,11 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (Info, error) {
 		AutoPause           bool              `json:"autoPause,omitempty"`
 		AutoPauseMemory     *bool             `json:"autoPauseMemory,omitempty"`
 		AutoResume          autoResume        `json:"autoResume,omitzero"`
+		Start               string            `json:"wrennStart,omitempty"`
 	}{
 		TemplateID: r.TemplateID, Timeout: seconds(r.Timeout), Metadata: r.Metadata, EnvVars: r.EnvVars,
 		AllowInternetAccess: r.AllowInternetAccess, Network: network{MaskRequestHost: r.MaskRequestHost},
-		AutoPause: r.AutoPause, AutoResume: autoResume{r.AutoResume},
+		AutoPause: r.AutoPause, AutoResume: autoResume{r.AutoResume}, Start: r.Start,
 	}
 	if r.Protected {
 		body.Network.AllowPublicTraffic = new(bool)

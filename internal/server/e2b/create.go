@@ -34,6 +34,7 @@ type newSandbox struct {
 	AutoResume          *struct {
 		Enabled bool `json:"enabled"`
 	} `json:"autoResume"`
+	Start string `json:"wrennStart"` // ours, for measurements; see the control plane's
 
 	// Accepted at the value that asks for nothing.
 	MCP          map[string]any                   `json:"mcp"`
@@ -87,6 +88,11 @@ func (n newSandbox) request(defaultTimeout int64, secured bool) (controlplane.Cr
 	}
 	if n.TemplateID == "" {
 		return req, invalid("templateID is missing")
+	}
+	switch req.Start = n.Start; req.Start {
+	case "", "image", "boot":
+	default:
+		return req, invalid("wrennStart: want image or boot, got %q", clip(req.Start))
 	}
 	if n.Timeout != nil {
 		if req.Timeout = seconds(*n.Timeout); req.Timeout <= 0 {
