@@ -251,7 +251,7 @@ func (m *lifecycle) fromPool(ctx context.Context) error {
 }
 
 // fork measures a fork of eight beside as many bare restores at once.
-func (m *lifecycle) fork(ctx context.Context) error {
+func (m *lifecycle) fork(ctx context.Context) (err error) {
 	var g errgroup.Group
 	bares := make([]*bare, forks)
 	begin := time.Now()
@@ -261,7 +261,7 @@ func (m *lifecycle) fork(ctx context.Context) error {
 			return err
 		})
 	}
-	err := g.Wait()
+	err = g.Wait()
 	m.add(floorFork, time.Since(begin))
 	for _, b := range bares {
 		if b != nil {
