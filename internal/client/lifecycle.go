@@ -155,13 +155,18 @@ func (e Event) Duration() time.Duration { return time.Duration(e.DurationMS) * t
 // eventPage is how many events are asked for at a time.
 const eventPage = 1000
 
-// Events returns what happened to a sandbox, oldest first, also to one that is gone.
+// Events returns what happened to a sandbox, oldest first, also to one that is gone;
+// to all sandboxes when id is empty.
 func (c *Client) Events(ctx context.Context, id string) ([]Event, error) {
+	path := "/events"
+	if id != "" {
+		path = "/sandboxes/" + url.PathEscape(id) + "/events"
+	}
 	var all []Event
 	for after := int64(0); ; {
 		var page []Event
-		path := "/sandboxes/" + url.PathEscape(id) + "/events?limit=" + strconv.Itoa(eventPage) + "&after=" + strconv.FormatInt(after, 10)
-		if _, err := c.call(ctx, "list events", http.MethodGet, path, nil, &page); err != nil {
+		query := "?limit=" + strconv.Itoa(eventPage) + "&after=" + strconv.FormatInt(after, 10)
+		if _, err := c.call(ctx, "list events", http.MethodGet, path+query, nil, &page); err != nil {
 			return nil, err
 		}
 		all = append(all, page...)

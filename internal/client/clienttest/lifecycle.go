@@ -196,3 +196,14 @@ func (p *Platform) listEvents(w http.ResponseWriter, r *http.Request) {
 	}
 	answer(w, http.StatusOK, list)
 }
+
+func (p *Platform) listAllEvents(w http.ResponseWriter, _ *http.Request) {
+	p.mu.Lock()
+	list := []client.Event{}
+	for _, of := range p.events {
+		list = append(list, of...)
+	}
+	p.mu.Unlock()
+	slices.SortFunc(list, func(a, b client.Event) int { return a.Time.Compare(b.Time) })
+	answer(w, http.StatusOK, list)
+}

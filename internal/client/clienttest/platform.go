@@ -82,6 +82,7 @@ func New(t testing.TB) *Platform {
 	mux.HandleFunc("GET /snapshots", p.listSnapshots)
 	mux.HandleFunc("DELETE /templates/{ref}", p.deleteSnapshot)
 	mux.HandleFunc("GET /sandboxes/{id}/events", p.listEvents)
+	mux.HandleFunc("GET /events", p.listAllEvents)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.Header.Get("E2b-Sandbox-Port") {
 		case "":

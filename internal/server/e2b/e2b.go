@@ -37,6 +37,7 @@ type ControlPlane interface {
 	Pause(ctx context.Context, teamID string, id sandbox.ID, memory bool) error
 	Fork(ctx context.Context, teamID string, id sandbox.ID, count int, timeout time.Duration) ([]controlplane.Forked, error)
 	Events(ctx context.Context, teamID string, id sandbox.ID, f store.EventFilter) ([]sandbox.Event, error)
+	TeamEvents(ctx context.Context, teamID string, f store.EventFilter) ([]sandbox.Event, error)
 	Metrics(ctx context.Context, teamID string, id sandbox.ID, start, end time.Time) ([]controlplane.Metric, error)
 	LatestMetrics(ctx context.Context, teamID string, ids []sandbox.ID) (map[sandbox.ID]controlplane.Metric, error)
 	Logs(ctx context.Context, teamID string, id sandbox.ID, from time.Time) ([]controlplane.LogEntry, error)

@@ -38,6 +38,23 @@ func (a *api) events(c *call) error {
 	if err != nil {
 		return err
 	}
+	return writeEvents(c, events)
+}
+
+// teamEvents lists what happened to all sandboxes of the team.
+func (a *api) teamEvents(c *call) error {
+	f, err := c.eventFilter()
+	if err != nil {
+		return err
+	}
+	events, err := a.plane.TeamEvents(c.r.Context(), c.team.ID, f)
+	if err != nil {
+		return err
+	}
+	return writeEvents(c, events)
+}
+
+func writeEvents(c *call, events []sandbox.Event) error {
 	list := make([]sandboxEvent, 0, len(events))
 	for _, e := range events {
 		list = append(list, event(e))

@@ -44,6 +44,12 @@ func TestEventsTellALife(t *testing.T) {
 	same(t, "after the last", numbers("?after="+seq(3)), nil)
 	same(t, "of another", len(r.list(r.do("GET", "/sandboxes/"+other+"/events", nil), 200)), 2)
 
+	both := r.list(r.do("GET", "/events?limit=5", nil), 200)
+	same(t, "of the team", []any{len(both), both[0]["sandboxID"], both[4]["sandboxID"]}, []any{5, any(id), any(id)})
+	same(t, "newest of the team", r.list(r.do("GET", "/events?order=desc&limit=1", nil), 200)[0], events[3])
+	same(t, "of the others", len(r.list(r.do("GET", "/events", nil, "X-API-Key", foreignKey), 200)), 0)
+	r.fails(r.do("GET", "/events?limit=0", nil), 400, "limit")
+
 	// Events outlive the record.
 	if _, err := r.store.Sandboxes().Get(t.Context(), idOf(id)); err != nil {
 		t.Fatal(err)

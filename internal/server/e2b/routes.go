@@ -44,6 +44,7 @@ func (a *api) table() []route {
 		// Not of E2B: this platform's own.
 		{method: "POST", pattern: "/sandboxes/{sandboxID}/preview-links", handle: a.previewLink},
 		{method: "GET", pattern: "/sandboxes/{sandboxID}/events", handle: a.events},
+		{method: "GET", pattern: "/events", handle: a.teamEvents},
 
 		{method: "GET", pattern: "/templates", handle: a.listTemplates},
 		{method: "GET", pattern: "/v2/templates", handle: a.listTemplates},
