@@ -46,7 +46,8 @@ type Agent struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // monitors, the collector, the pool and transitions under way
 
-	freeing sync.WaitGroup // units being freed in the background
+	freeing  sync.WaitGroup // units being freed in the background
+	releases releases
 
 	mu        sync.Mutex
 	closed    bool

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -36,6 +37,7 @@ type host struct {
 	envd     string
 	runtime  runtime.Runtime
 	cidr     netip.Prefix // zero: any
+	pool     int64        // bytes for the pool
 }
 
 func newHost(t *testing.T) *host {
@@ -94,7 +96,7 @@ func (h *host) open(t *testing.T) (*agent.Agent, hostagentconnect.HostAgentClien
 	t.Helper()
 	a, err := agent.Open(t.Context(), agent.Config{
 		Dir: filepath.Join(h.dir, "agent"), Templates: filepath.Join(h.dir, "templates"),
-		Runtime: h.runtime, GuestInit: h.envd,
+		Runtime: h.runtime, GuestInit: h.envd, Pool: h.pool,
 		Network: network.Config{Tag: h.tag, CIDR: h.cidr, Ready: 2, Log: slog.New(slog.DiscardHandler)},
 		Log:     slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
@@ -125,6 +127,11 @@ func (h *host) clean(t *testing.T) {
 	}
 	if left, err := os.ReadDir(filepath.Join(h.dir, "agent", "sandboxes")); err != nil || len(left) > 0 {
 		t.Errorf("left in the agent's directory: %v, %v", left, err)
+	}
+	for _, dir := range []string{"instances", "images"} {
+		if left, err := os.ReadDir(filepath.Join(h.dir, "agent", dir)); err != nil || len(left) > 0 {
+			t.Errorf("left in %s: %v, %v", dir, left, err)
+		}
 	}
 	if left, err := filepath.Glob("/sys/fs/cgroup/*/wrenn-" + h.tag + "/*/"); err != nil || len(left) > 0 {
 		t.Errorf("cgroups left: %v, %v", left, err)
@@ -237,7 +244,7 @@ func TestTheEndOfASandboxByItselfIsAnnounced(t *testing.T) {
 	if err != nil || !ends.Receive() {
 		t.Fatalf("watch: %v, %v", err, ends.Err())
 	}
-	killEngine(t, id)
+	h.killEngine(t, id)
 	for ends.Receive() {
 		if e := ends.Msg().Ended; e != nil {
 			if e.SandboxId != id || e.State != string(sandbox.Failed) || e.Reason == "" {
@@ -285,7 +292,20 @@ func TestAFailedCreateLeavesNothing(t *testing.T) {
 
 // killEngine kills every host process of a sandbox, as the kernel's OOM killer
 // or an operator's mistake would.
-func killEngine(t *testing.T, id string) {
+func (h *host) killEngine(t *testing.T, id string) {
+	t.Helper()
+	record, err := os.ReadFile(filepath.Join(h.dir, "agent", "sandboxes", id, "record.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r struct{ Instance string }
+	if err := json.Unmarshal(record, &r); err != nil {
+		t.Fatal(err)
+	}
+	h.killInstance(t, r.Instance)
+}
+
+func (h *host) killInstance(t *testing.T, id string) {
 	t.Helper()
 	pids, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {

@@ -103,7 +103,10 @@ type stubborn struct{ runtime.Runtime }
 
 func (s stubborn) Create(ctx context.Context, cfg runtime.Config) (runtime.Instance, error) {
 	i, err := s.Runtime.Create(ctx, cfg)
-	return &stubbornInstance{Instance: i}, err
+	if err != nil {
+		return nil, err
+	}
+	return &stubbornInstance{Instance: i}, nil
 }
 
 type stubbornInstance struct {
@@ -132,7 +135,7 @@ func TestFreeingASandboxThatEndedByItselfIsTriedAgain(t *testing.T) {
 	if err != nil || !ends.Receive() {
 		t.Fatalf("watch: %v, %v", err, ends.Err())
 	}
-	killEngine(t, id)
+	h.killEngine(t, id)
 	announced := false
 	for !announced && ends.Receive() {
 		announced = ends.Msg().Ended != nil

@@ -30,7 +30,9 @@ type pool struct {
 
 	mu      sync.Mutex
 	shelves map[shelfKey]*shelf
-	making  int // sandboxes being made for somebody
+	making  int                // sandboxes being made for somebody
+	job     context.CancelFunc // ends what the pool is doing; nil while it does nothing
+	jobDone chan struct{}
 
 	counts poolCounts
 }
@@ -199,10 +201,52 @@ func (p *pool) step(ctx context.Context) (did bool) {
 		return false
 	}
 	p.awaitQuiet(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	p.mu.Lock()
+	p.job, p.jobDone = cancel, done
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		p.job, p.jobDone = nil, nil
+		p.mu.Unlock()
+		cancel()
+		close(done)
+	}()
 	if err := job(ctx); err != nil && ctx.Err() == nil {
 		p.agent.log.Warn("keep sandboxes ready", "err", err)
 	}
 	return true
+}
+
+// giveBack frees something that the pool holds, for somebody who finds nothing
+// left, and reports whether there was any.
+func (p *pool) giveBack(ctx context.Context) bool {
+	p.mu.Lock()
+	later := time.Now().Add(poolRetry)
+	var u *unit
+	for _, s := range p.shelves {
+		s.retryAt = later
+		if u == nil && len(s.spares) > 0 {
+			u, s.spares = s.spares[0], s.spares[1:]
+		}
+	}
+	cancel, done := p.job, p.jobDone
+	p.mu.Unlock()
+	switch {
+	case u != nil:
+		p.agent.release(u)
+		return p.agent.awaitRelease(ctx)
+	case cancel == nil:
+		return false
+	}
+	cancel()
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // awaitQuiet waits until nobody waits for a sandbox, but not for ever: under a
@@ -292,7 +336,7 @@ func (p *pool) origin(s *shelf) (origin, error) {
 	rootfs, err := p.agent.rootfs(s.key.build)
 	return origin{
 		rootfs: rootfs, guestInit: p.agent.cfg.GuestInit, resources: s.key.resources,
-		policy: network.Policy{AllowInternet: true},
+		policy: network.Policy{AllowInternet: true}, spare: true,
 	}, err
 }
 
@@ -310,7 +354,11 @@ func (p *pool) makeImage(ctx context.Context, s *shelf) (err error) {
 	if err != nil {
 		return fmt.Errorf("boot template %s: %w", s.key.build, err)
 	}
-	defer a.release(u)
+	defer func() {
+		if ferr := a.freeUnit(u); ferr != nil {
+			a.release(u)
+		}
+	}()
 	if err := u.whileAlive(ctx, u.guest.AwaitHealth); err != nil {
 		return fmt.Errorf("boot template %s: %w", s.key.build, err)
 	}
@@ -370,6 +418,15 @@ func (p *pool) made(s *shelf, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.retryAt = time.Now().Add(poolRetry)
+}
+
+// Ready is how many instances wait for a sandbox.
+func (a *Agent) Ready() (n int) {
+	ready, _, _ := a.pool.level()
+	for _, m := range ready {
+		n += m
+	}
+	return n
 }
 
 // level says how many instances wait and are to wait, by template build, and what

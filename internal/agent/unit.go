@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/wrenn/wrenn/internal/guest"
@@ -37,6 +38,7 @@ type origin struct {
 	policy    network.Policy
 	image     runtime.Image // Dir is empty where the template is booted
 	token     string        // that the guest agent has from before; empty: none
+	spare     bool          // for the pool: nobody waits for it
 }
 
 // neutralName is the hostname until the guest agent is told which sandbox it is in.
@@ -63,6 +65,9 @@ func (a *Agent) startUnit(ctx context.Context, o origin) (_ *unit, err error) {
 		return nil, fmt.Errorf("make instance directory: %w", err)
 	}
 	u.slot, err = a.slots.Acquire(ctx, o.policy)
+	for errors.Is(err, network.ErrNoFreeSlot) && !o.spare && (a.pool.giveBack(ctx) || a.awaitRelease(ctx)) {
+		u.slot, err = a.slots.Acquire(ctx, o.policy)
+	}
 	if errors.Is(err, network.ErrNoFreeSlot) {
 		return nil, sandbox.Errorf(sandbox.ErrExhausted, "every network address is taken; kill sandboxes that are not needed, or start the platform with a larger --network-cidr")
 	}
@@ -77,14 +82,16 @@ func (a *Agent) startUnit(ctx context.Context, o origin) (_ *unit, err error) {
 		Slot: u.slot, Hostname: neutralName, Resources: o.resources,
 	}
 	begin := time.Now()
+	var inst runtime.Instance
 	if o.image.Dir == "" {
-		u.inst, err = a.cfg.Runtime.Create(ctx, cfg)
+		inst, err = a.cfg.Runtime.Create(ctx, cfg)
 	} else {
-		u.inst, err = a.cfg.Runtime.Restore(ctx, cfg, o.image)
+		inst, err = a.cfg.Runtime.Restore(ctx, cfg, o.image)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("start runtime: %w", err)
 	}
+	u.inst = inst
 	u.engineTook = time.Since(begin)
 	u.guest = guest.NewClient(u.slot.HostAddr, o.token)
 	return u, nil
@@ -155,7 +162,9 @@ func (a *Agent) freeUnit(u *unit) error {
 // release frees a unit that nobody needs any more in the background. The caller
 // has registered nothing: it may be called while the agent is ending.
 func (a *Agent) release(u *unit) {
+	a.releases.begin()
 	a.freeing.Go(func() {
+		defer a.releases.end()
 		for {
 			err := a.freeUnit(u)
 			if err == nil {
@@ -169,6 +178,47 @@ func (a *Agent) release(u *unit) {
 			}
 		}
 	})
+}
+
+// releases knows of the units that are being freed in the background.
+type releases struct {
+	mu    sync.Mutex
+	count int
+	ended chan struct{} // closed when the next of them is freed
+}
+
+func (r *releases) begin() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ended == nil {
+		r.ended = make(chan struct{})
+	}
+	r.count++
+}
+
+func (r *releases) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.count--
+	close(r.ended)
+	r.ended = make(chan struct{})
+}
+
+// awaitRelease waits until a unit has been freed, and reports false where none is
+// being freed.
+func (a *Agent) awaitRelease(ctx context.Context) bool {
+	a.releases.mu.Lock()
+	n, ended := a.releases.count, a.releases.ended
+	a.releases.mu.Unlock()
+	if n == 0 {
+		return false
+	}
+	select {
+	case <-ended:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 func (a *Agent) instancesDir() string { return filepath.Join(a.cfg.Dir, "instances") }
