@@ -48,7 +48,13 @@ func TestBadInputIsRefusedAndCreatesNothing(t *testing.T) {
 		{"setting a negative timeout", "POST", "/sandboxes/" + b.id + "/timeout", `{"timeout":-1}`, 400},
 		{"refresh beyond an hour", "POST", "/sandboxes/" + b.id + "/refreshes", `{"duration":999999}`, 400},
 		{"metrics of a bad time", "GET", "/sandboxes/" + b.id + "/metrics?start=yesterday", nil, 400},
-		{"pause, which is not served", "POST", "/sandboxes/" + b.id + "/pause", nil, 501},
+		{"pause of a wrong type", "POST", "/sandboxes/" + b.id + "/pause", `{"memory":"yes"}`, 400},
+		{"pause of an unknown sandbox", "POST", "/sandboxes/aaaaaaaaaaaaaaaaaaaa/pause", nil, 404},
+		{"resume of one that runs", "POST", "/sandboxes/" + b.id + "/resume", nil, 409},
+		{"too many forks", "POST", "/sandboxes/" + b.id + "/fork", `{"count":101}`, 400},
+		{"snapshot with a path for a name", "POST", "/sandboxes/" + b.id + "/snapshots", `{"name":"../x"}`, 400},
+		{"unknown snapshot", "DELETE", "/templates/aaaaaaaaaaaaaaaaaaaa:default", nil, 404},
+		{"a network change, which is not served", "PUT", "/sandboxes/" + b.id + "/network", `{}`, 501},
 	} {
 		status, answer := p.api(c.method, c.path, c.body)
 		var shape struct {
