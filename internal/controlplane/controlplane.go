@@ -73,6 +73,7 @@ type ControlPlane struct {
 	expiry expiry
 
 	reconcileNow chan struct{}
+	stopping     chan struct{} // closed when Run ends
 }
 
 // New makes a control plane. It does nothing by itself until Run.
@@ -91,18 +92,21 @@ func New(cfg Config) *ControlPlane {
 		keys:         keyCache{entries: make(map[[32]byte]cachedKey)},
 		expiry:       expiry{wake: make(chan struct{}, 1)},
 		reconcileNow: make(chan struct{}, 1),
+		stopping:     make(chan struct{}),
 	}
 }
 
 // Run ends sandboxes whose time is over, follows the host agent's events, and
 // repairs what a crash or an outage left undone, until ctx is cancelled. It
-// returns when everything it started has ended; sandboxes keep running.
+// returns when everything it started has ended; sandboxes keep running. It is
+// called once.
 func (c *ControlPlane) Run(ctx context.Context) error {
 	if err := c.loadLive(ctx); err != nil {
 		return fmt.Errorf("load running sandboxes: %w", err)
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer close(c.stopping)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { c.expire(ctx, &wg); return nil })
 	g.Go(func() error { c.watch(ctx, &wg); return nil })

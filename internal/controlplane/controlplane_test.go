@@ -35,11 +35,12 @@ const team = controlplane.DefaultTeam
 // rig is a control plane on a real store and a host agent in memory.
 type rig struct {
 	*controlplane.ControlPlane
-	t     *testing.T
-	agent *controlplanetest.Agent
-	store store.Store
-	gone  chan string // ids that OnGone was called with
-	halt  func()      // ends Run
+	t      *testing.T
+	agent  *controlplanetest.Agent
+	store  store.Store
+	gone   chan string // ids that OnGone was called with
+	limits controlplane.Limits
+	halt   func() // ends Run
 }
 
 func newRig(t *testing.T) *rig {
@@ -69,6 +70,7 @@ func (r *rig) fresh() {
 	r.ControlPlane = controlplane.New(controlplane.Config{
 		Store: r.store, Agent: r.agent.Client, HostID: "h1", MasterKey: []byte("master"),
 		Log: slog.New(slog.DiscardHandler), OnGone: func(id string) { r.gone <- id },
+		Limits: r.limits,
 	})
 }
 

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -150,7 +151,7 @@ func (c *ControlPlane) start(ctx context.Context, b *sandbox.Sandbox, from start
 	c.remember(*b, addr)
 	err = c.boxes.Transition(context.WithoutCancel(ctx), b.ID, sandbox.Starting, store.Change{
 		State: sandbox.Running, Address: b.Address, EnvdVersion: b.EnvdVersion, Started: b.Started, Ends: b.Ends,
-		Cause: startedFrom[resp.GetStartedFrom()],
+		Cause: cmp.Or(startedFrom[resp.GetStartedFrom()], "started"),
 	})
 	if err != nil {
 		c.forget(b.ID)

@@ -2,7 +2,9 @@ package controlplane
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/wrenn/wrenn/api/proto/hostagent"
@@ -89,22 +91,67 @@ func reasonOf(err error) string {
 	return "the host could not do it"
 }
 
+const (
+	settleLimit = 2 * time.Minute
+	settleRetry = 100 * time.Millisecond // first wait; it doubles up to settleMost
+	settleMost  = 2 * time.Second
+)
+
 // settle brings the record of a sandbox in transition to what the agent says of
-// it, after a move that came to nothing. What cannot be settled now the reconciler
-// settles later. The caller has registered the move.
+// it, after a move that came to nothing. It asks until the agent answers and is
+// through with it itself; after a long time the reconciler takes over. The caller
+// has registered the move.
 func (c *ControlPlane) settle(ctx context.Context, id sandbox.ID, cause string) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endLimit)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleLimit)
 	defer cancel()
-	b, err := c.boxes.Get(ctx, id)
-	if err == nil {
-		var have map[sandbox.ID]*hostagent.SandboxStatus
-		if have, err = c.listAgent(ctx); err == nil {
-			err = ignoreLost(c.settleAs(ctx, b, have[id], cause))
+	for wait := settleRetry; ; wait = min(2*wait, settleMost) {
+		settled, err := c.settleOnce(ctx, id, cause)
+		if settled {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			c.log.Warn("settle sandbox", "sandbox", id, "err", err)
+			return
+		case <-c.stopping: // the next process does it
+			return
+		case <-time.After(wait):
 		}
 	}
-	if err != nil {
-		c.log.Warn("settle sandbox", "sandbox", id, "err", err)
+}
+
+// settleOnce reports whether the sandbox is not in transition any more.
+func (c *ControlPlane) settleOnce(ctx context.Context, id sandbox.ID, cause string) (bool, error) {
+	b, err := c.boxes.Get(ctx, id)
+	if errors.Is(err, sandbox.ErrNotFound) {
+		return true, nil
 	}
+	if err != nil || b.State != sandbox.Pausing && b.State != sandbox.Resuming {
+		return err == nil, err
+	}
+	have, err := c.listAgent(ctx)
+	if err != nil {
+		return false, err
+	}
+	switch s := have[id]; sandbox.State(s.GetState()) {
+	case sandbox.Pausing, sandbox.Resuming, sandbox.Stopping:
+		return false, nil
+	default:
+		err = c.settleAs(ctx, b, s, cause)
+		return err == nil || errors.Is(err, sandbox.ErrConflict), err
+	}
+}
+
+// settleInBackground is settle for what an earlier process has left.
+func (c *ControlPlane) settleInBackground(ctx context.Context, wg *sync.WaitGroup, id sandbox.ID, cause string) {
+	_, done := c.ops.beginMove(id, func() {})
+	if done == nil {
+		return // somebody is at it
+	}
+	wg.Go(func() {
+		defer done()
+		c.settle(ctx, id, cause)
+	})
 }
 
 // settleAs is settle for a record and what the agent says, nil if it knows nothing.
@@ -128,5 +175,5 @@ func (c *ControlPlane) settleAs(ctx context.Context, b sandbox.Sandbox, s *hosta
 	case state == sandbox.Paused:
 		return c.boxes.Transition(ctx, b.ID, b.State, store.Change{State: sandbox.Paused, Cause: cause})
 	}
-	return nil // the agent is at it; its end will tell
+	return nil // the agent is at it
 }

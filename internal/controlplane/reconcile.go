@@ -146,7 +146,7 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 				err = errors.Join(err, c.giveToken(ctx, b))
 			}
 		case b.State == sandbox.Pausing || b.State == sandbox.Resuming:
-			err = errors.Join(err, ignoreLost(c.settleAs(ctx, b, s, "the control plane was restarted meanwhile")))
+			c.settleInBackground(ctx, wg, b.ID, "the control plane was restarted meanwhile")
 		case b.State == sandbox.Paused:
 		case b.State == sandbox.Stopping:
 			end := sandbox.Stopped

@@ -120,6 +120,9 @@ type resumption struct {
 // becomes of ctx: others may be waiting for it. errInTransition: somebody else was
 // faster.
 func (c *ControlPlane) resume(ctx context.Context, b sandbox.Sandbox, o resumption) (sandbox.Sandbox, error) {
+	if err := c.checkSandboxes(ctx, b.TeamID, 1); err != nil {
+		return b, err
+	}
 	waiting := ctx
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), createLimit)
 	defer cancel()
