@@ -43,6 +43,9 @@ func wakes(r *http.Request, port uint16, a Access) bool {
 		return true
 	case strings.HasPrefix(path, "/files") && r.URL.Query().Get("signature") != "":
 		return true // the guest agent checks it
+	case r.Method == http.MethodOptions:
+		// A browser asks if it may send the token, which it does without.
+		return strings.Contains(strings.ToLower(r.Header.Get("Access-Control-Request-Headers")), strings.ToLower(headerAccessToken))
 	}
 	token := r.Header[headerAccessToken]
 	return len(token) == 1 && subtle.ConstantTimeCompare([]byte(token[0]), []byte(a.AgentToken)) == 1
