@@ -27,6 +27,7 @@ const (
 	panicFile  = "panic.log"   // a crash of the sandbox kernel
 	pidFile    = "pid"
 	pausedFile = "paused" // there while the guest may be paused
+	heldImage  = "image"  // directory with an image that is being loaded
 )
 
 var instanceFiles = []string{specFile, upperFile, logFile, panicFile, pidFile, pausedFile}
@@ -41,21 +42,21 @@ var capabilities = []string{
 	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT",
 }
 
-// writeBundle writes into cfg.Dir what runsc makes the instance from, besides the
-// image, which may be nil.
-func writeBundle(cfg runtime.Config, cgroup string, image *runtime.Image) error {
-	layer := filepath.Join(cfg.Dir, upperFile)
-	if image != nil && image.Kind == runtime.ImageFiles {
-		layer = filepath.Join(image.Dir, layerFile)
+// writeBundle writes into cfg.Dir what runsc makes the instance from. Without
+// layer the root filesystem's changes are those of an image.
+func writeBundle(cfg runtime.Config, cgroup string, layer bool) error {
+	s := bundleSpec(cfg, cgroup)
+	if layer {
+		s.Annotations = map[string]string{"dev.gvisor.tar.rootfs.upper": filepath.Join(cfg.Dir, upperFile)}
 	}
-	spec, err := json.Marshal(bundleSpec(cfg, cgroup, layer))
+	spec, err := json.Marshal(s)
 	if err != nil {
 		return fmt.Errorf("write bundle: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(cfg.Dir, specFile), spec, 0o600); err != nil {
 		return fmt.Errorf("write bundle: %w", err)
 	}
-	if image != nil && image.Kind == runtime.ImageFiles {
+	if !layer {
 		return nil
 	}
 	upper, err := upperLayer(cfg.Hostname)
@@ -68,7 +69,7 @@ func writeBundle(cfg runtime.Config, cgroup string, image *runtime.Image) error 
 	return nil
 }
 
-func bundleSpec(cfg runtime.Config, cgroup, layer string) *specs.Spec {
+func bundleSpec(cfg runtime.Config, cgroup string) *specs.Spec {
 	const cpuPeriod = 100_000 // microseconds
 	var (
 		memory = cfg.Resources.MemoryMiB << 20
@@ -117,7 +118,6 @@ func bundleSpec(cfg runtime.Config, cgroup, layer string) *specs.Spec {
 				Pids:   &specs.LinuxPids{Limit: cfg.Resources.PIDs},
 			},
 		},
-		Annotations: map[string]string{"dev.gvisor.tar.rootfs.upper": layer},
 	}
 }
 

@@ -197,18 +197,25 @@ func (hs hierarchies) children(group string) []string {
 // version 2 the kernel then also ends all processes of the group together.
 func (hs hierarchies) limitMemory(group string, bytes int64) error {
 	path, isV2 := hs.file(group, "memory", "memory.limit_in_bytes", "memory.max")
+	dir := filepath.Dir(path)
+	// Version 1 limits memory and swap together; the sum is never below memory.
+	together := filepath.Join(dir, "memory.memsw.limit_in_bytes")
+	if !isV2 {
+		if err := writeNumber(together, -1); err != nil && !errors.Is(err, fs.ErrNotExist) { // a host without swap accounting has no such file
+			return fmt.Errorf("limit swap: %w", err)
+		}
+	}
 	if err := writeNumber(path, bytes); err != nil {
 		return fmt.Errorf("limit memory: %w", err)
 	}
-	swap, swapLimit := "memory.memsw.limit_in_bytes", bytes // memory and swap together
+	swap, swapLimit := together, bytes
 	if isV2 {
-		swap, swapLimit = "memory.swap.max", 0
-		if err := writeNumber(filepath.Join(filepath.Dir(path), "memory.oom.group"), 1); err != nil {
+		swap, swapLimit = filepath.Join(dir, "memory.swap.max"), 0
+		if err := writeNumber(filepath.Join(dir, "memory.oom.group"), 1); err != nil {
 			return fmt.Errorf("limit memory: %w", err)
 		}
 	}
-	err := writeNumber(filepath.Join(filepath.Dir(path), swap), swapLimit)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a host without swap accounting has no such file
+	if err := writeNumber(swap, swapLimit); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("limit swap: %w", err)
 	}
 	return nil

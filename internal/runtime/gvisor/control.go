@@ -11,8 +11,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
 // Methods of the engine. It serves them to runsc on a socket, as one JSON object
@@ -22,7 +20,7 @@ const (
 	methodCheckpoint = "containerManager.Checkpoint"
 	methodPause      = "containerManager.Pause"
 	methodResume     = "containerManager.Resume"
-	methodTarUpper   = "Fs.TarRootfsUpperLayer"
+	methodSaveFiles  = "containerManager.FSSave"
 	methodStacks     = "debug.Stacks"
 )
 
@@ -34,7 +32,7 @@ func (i *instance) call(ctx context.Context, method string, arg any, result any,
 		switch {
 		case err == nil:
 		case i.engine.ended(), brokenOff(err):
-			err = sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", i.id)
+			err = i.gone()
 		case ctx.Err() != nil:
 			err = context.Cause(ctx)
 		}

@@ -1,9 +1,11 @@
 package gvisor_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -122,13 +124,27 @@ func harness(t *testing.T, root string) runtimetest.Harness {
 				t.Fatal(err)
 			}
 		},
+		BeginPause: func(t *testing.T, inst runtime.Instance) {
+			var state struct{ Dir string }
+			if err := json.Unmarshal(inst.State(), &state); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(state.Dir, "paused"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		},
 		Corrupt: func(t *testing.T, image runtime.Image) {
-			f, err := os.OpenFile(filepath.Join(image.Dir, "checkpoint.img"), os.O_RDWR, 0)
+			name := map[runtime.ImageKind]string{runtime.ImageMemory: "checkpoint.img", runtime.ImageFiles: "multitar.img"}[image.Kind]
+			f, err := os.OpenFile(filepath.Join(image.Dir, name), os.O_RDWR, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			if _, err := f.WriteAt(make([]byte, 1<<12), 1<<14); err != nil {
+			size, err := f.Seek(0, io.SeekEnd)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.WriteAt(bytes.Repeat([]byte{0xa5}, int(size/2)), size/4); err != nil {
 				t.Fatal(err)
 			}
 		},

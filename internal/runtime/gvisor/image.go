@@ -14,19 +14,20 @@ import (
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// The files of an image. The engine fixes the names of the first three.
+// The files of an image. The engine fixes the names, but for the last.
 const (
-	kernelFile   = "checkpoint.img" // the sandbox kernel: processes, files, sockets
-	pagesFile    = "pages.img"      // memory, and the overlay's upper layer
-	pageMapFile  = "pages_meta.img" // where which page belongs
-	layerFile    = "upper.tar"      // of an image of files: the overlay's upper layer
-	manifestFile = "image.json"     // what the others have to be; written last
+	kernelFile   = "checkpoint.img"  // the sandbox kernel: processes, open files, sockets
+	layerFile    = "fscheckpoint.pb" // of an image of files: what the next two have
+	treeFile     = "multitar.img"    // of an image of files: all but contents
+	pageMapFile  = "pages_meta.img"  // where which page belongs
+	pagesFile    = "pages.img"       // memory, and contents of files in the overlay's upper layer
+	manifestFile = "image.json"      // what the others have to be; written last
 )
 
 // imageFiles are the files of an image that the engine writes, in its order.
 func imageFiles(kind runtime.ImageKind) []string {
 	if kind == runtime.ImageFiles {
-		return []string{layerFile}
+		return []string{layerFile, treeFile, pageMapFile, pagesFile}
 	}
 	return []string{kernelFile, pageMapFile, pagesFile}
 }
@@ -60,7 +61,7 @@ func writeManifest(dir string, m manifest) error {
 // engine sees whether the contents are right.
 func checkImage(image runtime.Image, version string, initSize int64) (manifest, error) {
 	refuse := func(format string, args ...any) (manifest, error) {
-		return manifest{}, sandbox.Errorf(sandbox.ErrInvalid, "the image in %s cannot be used: "+format, append([]any{image.Dir}, args...)...)
+		return manifest{}, sandbox.Errorf(sandbox.ErrInvalid, "the image cannot be used: "+format, args...)
 	}
 	data, err := os.ReadFile(filepath.Join(image.Dir, manifestFile))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -87,20 +88,25 @@ func checkImage(image runtime.Image, version string, initSize int64) (manifest, 
 			return refuse("its file %s has %d bytes and should have %d", name, fi.Size(), want)
 		}
 	}
-	if m.Kind == runtime.ImageFiles {
-		return m, nil // any engine and any guest agent can boot from it
-	}
 	if m.Version != version {
 		return refuse("it is of version %s of gvisor, this is version %s", m.Version, version)
 	}
-	if m.Init != initSize {
+	if m.Kind == runtime.ImageMemory && m.Init != initSize {
 		return refuse("it was taken with another guest agent (%d bytes, now %d)", m.Init, initSize)
 	}
 	return m, nil
 }
 
-// memory is how much of the guest's memory the image has.
-func (m manifest) memory() int64 { return m.Sizes[pagesFile] }
+// loading is how much memory the engine takes at most to load the image. Contents
+// of files do not count in it, but are not told from memory.
+func (m manifest) loading() int64 {
+	const decoded = 8 // times what it is in the image
+	bytes := decoded * (m.Sizes[kernelFile] + m.Sizes[treeFile] + m.Sizes[pageMapFile])
+	if m.Kind == runtime.ImageMemory {
+		bytes += m.Sizes[pagesFile]
+	}
+	return bytes
+}
 
 // createImageFiles opens the files for the engine to write, with room for bytes
 // in the largest of them.

@@ -255,9 +255,13 @@ func (i *instance) Stats(context.Context) (runtime.Stats, error) {
 	return runtime.Stats{Time: time.Now(), CPU: cpu, MemoryBytes: memory, PIDs: pids}, nil
 }
 
+func (i *instance) gone() error {
+	return sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", i.id)
+}
+
 func (i *instance) statsError(err error) error {
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", i.id)
+		return i.gone()
 	}
 	return fmt.Errorf("measure sandbox %s: %w", i.id, err)
 }

@@ -219,6 +219,9 @@ func free(ctx context.Context, cgroups hierarchies, root, tag string, id sandbox
 		paths = append(paths, unnamed...)
 	}
 	var errs []error
+	if dir != "" {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, heldImage)))
+	}
 	for _, path := range paths {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)

@@ -30,13 +30,11 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	// Files are whole only when nothing writes them meanwhile; with memory the
-	// engine sees to that itself.
-	if pause || image.Kind == runtime.ImageFiles {
+	if pause {
 		// What was begun is ended, also when nobody waits any more.
 		ctx := context.WithoutCancel(ctx)
 		defer func() {
-			if err != nil || !pause {
+			if err != nil {
 				err = errors.Join(err, i.resume(ctx))
 			}
 		}()
@@ -44,14 +42,18 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 			return err
 		}
 	}
-	if err := i.writeImage(image); err != nil {
-		return err
+	if err := i.rt.liftMemory(i.id, i.state.MemoryMiB); err != nil {
+		return i.statsError(err)
 	}
-	return ctx.Err()
+	err = i.writeImage(image)
+	if !pause {
+		err = errors.Join(err, i.rt.settleMemory(i.id, i.state.MemoryMiB))
+	}
+	return errors.Join(err, ctx.Err())
 }
 
-// writeImage lets the engine write the image. It takes no context: the engine
-// cannot be told to break off, and goes on only when it has ended.
+// writeImage lets the engine write the image, for which it stops the guest by
+// itself. It takes no context: the engine cannot be told to break off.
 func (i *instance) writeImage(image runtime.Image) error {
 	ctx := context.Background()
 	need, err := i.imageSize(image.Kind)
@@ -64,7 +66,7 @@ func (i *instance) writeImage(image runtime.Image) error {
 		return err
 	}
 	if image.Kind == runtime.ImageFiles {
-		err = i.call(ctx, methodTarUpper, map[string]any{"ContainerID": i.id}, nil, files...)
+		err = i.call(ctx, methodSaveFiles, struct{}{}, nil, files...)
 	} else {
 		err = i.call(ctx, methodCheckpoint, map[string]any{
 			"metadata":        map[string]string{"compression": "none"},
@@ -123,7 +125,7 @@ func (i *instance) imageSize(kind runtime.ImageKind) (int64, error) {
 		}
 	}
 	if len(seen) == 0 && i.engine.ended() {
-		return 0, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", i.id)
+		return 0, i.gone()
 	}
 	return bytes + bytes/8 + 16<<20, nil
 }
@@ -155,6 +157,9 @@ func (i *instance) resume(ctx context.Context) error {
 		return nil
 	}
 	paused, err := i.paused(ctx)
+	if err == nil {
+		err = i.rt.settleMemory(i.id, i.state.MemoryMiB)
+	}
 	if err == nil && paused {
 		err = i.call(ctx, methodResume, struct{}{}, nil)
 	}
@@ -176,7 +181,7 @@ func (i *instance) paused(ctx context.Context) (bool, error) {
 		}
 		// An agent that was killed may have left the engine writing an image, for
 		// which it pauses the guest as well. It tells nobody when that is over.
-		if !strings.Contains(stacks, "/kernel.(*Kernel).SaveTo(") {
+		if !strings.Contains(stacks, "/kernel.(*Kernel).SaveTo(") && !strings.Contains(stacks, "/kernel.(*Kernel).FSSave(") {
 			return allStopped(stacks), nil
 		}
 		select {

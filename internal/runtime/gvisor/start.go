@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
@@ -29,6 +28,9 @@ func (r *Runtime) Create(ctx context.Context, cfg runtime.Config) (runtime.Insta
 func (r *Runtime) Restore(ctx context.Context, cfg runtime.Config, image runtime.Image) (runtime.Instance, error) {
 	if err := check(cfg); err != nil {
 		return nil, err
+	}
+	if !filepath.IsAbs(image.Dir) {
+		return nil, sandbox.Errorf(sandbox.ErrInvalid, "path %q is not absolute", image.Dir)
 	}
 	inst, err := r.start(ctx, cfg, &image)
 	if err != nil {
@@ -101,11 +103,6 @@ func (r *Runtime) release(id sandbox.ID) {
 	delete(r.claimed, id)
 }
 
-// memoryOverhead is what the host grants beyond the guest's memory, for the
-// sandbox kernel, the gofer and page tables: so that the guest can use all that
-// it is shown.
-func memoryOverhead(memoryMiB int64) int64 { return 64 + memoryMiB/16 }
-
 // launch runs the commands that make the instance.
 func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime.Image) (*instance, error) {
 	init, err := os.Stat(cfg.GuestInit)
@@ -119,18 +116,18 @@ func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime
 		}
 	}
 	cgroup := group(r.cfg.Tag, cfg.ID)
-	if err := writeBundle(cfg, cgroup, image); err != nil {
+	if err := writeBundle(cfg, cgroup, image == nil); err != nil {
 		return nil, err
 	}
-	if image != nil && image.Kind == runtime.ImageMemory {
-		err = r.load(ctx, cfg, *image, m)
-	} else {
+	if image == nil {
 		err = r.runsc(ctx, cfg, "run", "--detach", "--bundle="+cfg.Dir)
+	} else {
+		err = r.load(ctx, cfg, *image, m)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := r.raiseMemory(cfg); err != nil {
+	if err := r.settleMemory(cfg.ID, cfg.Resources.MemoryMiB); err != nil {
 		return nil, err
 	}
 	st, err := r.identify(cfg, init.Size())
@@ -144,36 +141,10 @@ func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime
 	return inst, err
 }
 
-// load makes the instance from an image of memory.
-func (r *Runtime) load(ctx context.Context, cfg runtime.Config, image runtime.Image, m manifest) error {
-	// The guest is shown the memory limit that there is when the engine starts. An
-	// image that would hardly fit below it is loaded when the limit is raised.
-	if m.memory() > cfg.Resources.MemoryMiB<<20/2 {
-		if err := r.runsc(ctx, cfg, "create", "--bundle="+cfg.Dir); err != nil {
-			return err
-		}
-		if err := r.raiseMemory(cfg); err != nil {
-			return err
-		}
-	}
-	err := r.runsc(ctx, cfg, "restore", "--detach", "--bundle="+cfg.Dir, "--image-path="+image.Dir)
-	if err != nil && strings.Contains(err.Error(), "restoring container") { // it is made, but cannot go on from the image
-		return &sandbox.Error{Kind: sandbox.ErrInvalid, Message: fmt.Sprintf("the image in %s cannot be used: it is damaged", image.Dir), Cause: err}
-	}
-	return err
-}
-
 // runsc runs one command of runsc's on the instance.
 func (r *Runtime) runsc(ctx context.Context, cfg runtime.Config, command ...string) error {
 	args := append(engineFlags(r.cfg.Root, cfg.Dir, cfg.Resources.DiskMiB), command...)
 	return r.exec(ctx, filepath.Join(cfg.Dir, logFile), append(args, string(cfg.ID)))
-}
-
-// raiseMemory sets the memory limit to what the guest is shown and what the
-// engine needs beyond that.
-func (r *Runtime) raiseMemory(cfg runtime.Config) error {
-	limit := cfg.Resources.MemoryMiB + memoryOverhead(cfg.Resources.MemoryMiB)
-	return r.cgroups.limitMemory(group(r.cfg.Tag, cfg.ID), limit<<20)
 }
 
 // runscState is what runsc knows of a container, as far as it matters here.
