@@ -41,14 +41,14 @@ func buildGuest(t *testing.T, dir string) string {
 // makeRootFS makes the least that a guest needs, below dir.
 func makeRootFS(t *testing.T, dir string) string {
 	root := filepath.Join(dir, "rootfs")
-	for _, d := range []string{"dev", "etc", "proc", "sys", "tmp", "usr/bin"} {
+	for _, d := range []string{"dev", "etc", "proc", "sys", "tmp", "usr/bin", "etc/lower", "etc/lower2"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for name, content := range map[string]string{
 		runtime.GuestInitPath: "", "/etc/os-release": "ID=template\n", "/etc/hosts": "the template's\n",
-		"/etc/unwanted": "", "/etc/old": "old\n",
+		"/etc/unwanted": "", "/etc/old": "old\n", "/etc/lower/inside": "", "/etc/lower2/inside": "",
 	} {
 		if err := os.WriteFile(filepath.Join(root, name), []byte(content), 0o755); err != nil {
 			t.Fatal(err)

@@ -363,6 +363,46 @@ func testAdoptPaused(t *testing.T, s *suite) {
 		t.Fatal(err)
 	}
 	in.check(t, "and further")
+
+	s.BeginPause(t, inst)
+	for range 2 {
+		if err := inst.Resume(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		in.check(t, "it was never stopped")
+	}
+}
+
+// testResumeByAnother: an agent was killed while it took a snapshot, which the
+// engine goes on with. The next one finds the instance so and lets it go on.
+func testResumeByAnother(t *testing.T, s *suite) {
+	g := s.start(t)
+	g.must(t, "POST", "/alloc", url.Values{"mib": {"150"}}, "")
+	in := g.dialEcho(t)
+	second := s.Reopen(t)
+	for _, kind := range []runtime.ImageKind{runtime.ImageMemory, runtime.ImageFiles} {
+		for _, after := range []time.Duration{0, 1, 5, 20, 60} {
+			image := runtime.Image{Dir: t.TempDir(), Kind: kind}
+			over := make(chan error)
+			go func() { over <- g.Snapshot(t.Context(), image, true) }()
+			<-time.After(after * time.Millisecond)
+			inst, err := second.Adopt(t.Context(), g.cfg.ID, g.State())
+			if err == nil {
+				err = inst.Resume(t.Context())
+			}
+			if err != nil {
+				t.Fatalf("resume after %v ms: %v", int(after), err)
+			}
+			if err := <-over; err != nil {
+				t.Logf("after %v ms: %v", int(after), err)
+			}
+			if err := inst.Resume(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			in.check(t, fmt.Sprintf("goes on after %v ms", int(after)))
+		}
+	}
+	s.restore(t, g.snapshot(t, runtime.ImageMemory, false)) // it is whole
 }
 
 func testAdoptRestored(t *testing.T, s *suite) {
@@ -396,6 +436,35 @@ func testFullMemoryImage(t *testing.T, s *suite) {
 	}
 }
 
+// testManyFiles: what the runtime needs for an image of many small things comes
+// not out of the guest's memory, which would end it.
+func testManyFiles(t *testing.T, s *suite) {
+	small := func(c *runtime.Config) { c.Resources.MemoryMiB = 64; c.Resources.DiskMiB = 256 }
+	g := s.start(t, small)
+	const n = 20_000
+	g.must(t, "POST", "/file", url.Values{"op": {"many"}, "path": {"/etc/many"}, "n": {strconv.Itoa(n)}}, "")
+	for _, kind := range []runtime.ImageKind{runtime.ImageFiles, runtime.ImageMemory} {
+		image := g.snapshot(t, kind, kind == runtime.ImageMemory)
+		begin := time.Now()
+		r := s.restore(t, image, small)
+		t.Log("restore until the first answer took", time.Since(begin))
+		if got := r.read(t, fmt.Sprintf("/etc/many/%d", n-1)); got != "x" {
+			t.Errorf("the last file reads %q", got)
+		}
+		if err := r.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := g.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g.must(t, "GET", "/ping", nil, "")
+	g.call(t.Context(), "POST", "/alloc", url.Values{"mib": {"512"}}, "") // breaks off
+	if exit := awaitEnd(t, g, 30*time.Second); !exit.OutOfMemory {
+		t.Errorf("the memory limit is lost: exit is %+v", exit)
+	}
+}
+
 // changes are what is done to files before an image of them is taken, each with
 // a path that shows whether it was kept.
 var changes = []struct {
@@ -412,6 +481,20 @@ var changes = []struct {
 	{"/etc/owned", url.Values{"op": {"chown"}, "uid": {"1000"}, "gid": {"1001"}}},
 	{"/etc/linked", url.Values{"op": {"link"}, "to": {"/etc/owned"}}},
 	{"/usr", url.Values{"op": {"chmod"}, "mode": {"711"}}},
+	{"/etc/lower", url.Values{"op": {"remove"}}}, // and made anew, empty
+	{"/etc/lower", url.Values{"op": {"mkdir"}, "mode": {"700"}}},
+	{"/etc/lower/inside", nil},
+	{"/etc/lower/again", url.Values{"op": {"write"}, "to": {"text"}}},
+	{"/etc/lower/again", url.Values{"op": {"touch"}, "at": {"1234567890"}}},
+	{"/etc/lower2", url.Values{"op": {"rename"}, "to": {"/etc/moved"}}},
+	{"/etc/moved/inside", nil},
+	{"/etc/sparse", url.Values{"op": {"sparse"}}},
+	{"/etc/" + strings.Repeat("long", 60), url.Values{"op": {"write"}, "to": {"x"}}},
+	{"/etc/name with\n line and ümläut", url.Values{"op": {"write"}, "to": {"x"}}},
+	{"/etc/high", url.Values{"op": {"write"}, "to": {"x"}}},
+	{"/etc/high", url.Values{"op": {"chown"}, "uid": {"3000000000"}, "gid": {"2500000"}}},
+	{"/etc/xattr", url.Values{"op": {"write"}, "to": {"x"}}},
+	{"/etc/xattr", url.Values{"op": {"setxattr"}, "to": {"value"}}},
 }
 
 // shown is what the guest says of all paths that were changed.
@@ -419,7 +502,11 @@ func shown(t *testing.T, g *guest) string {
 	t.Helper()
 	var all strings.Builder
 	for _, c := range changes {
-		fmt.Fprintf(&all, "%s: %s\n", c.path, g.must(t, "GET", "/stat", url.Values{"path": {c.path}}, ""))
+		query := url.Values{"path": {c.path}}
+		if c.do.Get("op") == "touch" {
+			query.Set("time", "1") // that of others is rounded to seconds
+		}
+		fmt.Fprintf(&all, "%s: %s\n", c.path, g.must(t, "GET", "/stat", query, ""))
 	}
 	return all.String()
 }
@@ -430,14 +517,16 @@ func testFilesImage(t *testing.T, s *suite) {
 		t.Fatal(err)
 	}
 	for _, c := range changes {
-		c.do.Set("path", c.path)
-		g.must(t, "POST", "/file", c.do, "")
+		if c.do != nil {
+			c.do.Set("path", c.path)
+			g.must(t, "POST", "/file", c.do, "")
+		}
 	}
 	if err := g.write(t.Context(), "/etc/hosts", 0, "10.9.8.7 added\n"); err != nil {
 		t.Fatal(err)
 	}
 	want := shown(t, g)
-	for _, part := range []string{"/etc/unwanted: gone\n", "/etc/old: gone\n", "/etc/new: 104751 0:0 ", "/etc/linked: 100644 1000:1001 links 2\n", "/etc/dir/sym: 120777 0:0 links 1 to ../new\n"} {
+	for _, part := range []string{"/etc/unwanted: gone\n", "/etc/old: gone\n", "/etc/new: 104751 0:0 ", "/etc/linked: 100644 1000:1001 links 2 size ", "/etc/dir/sym: 120777 0:0 links 1 to ../new\n"} {
 		if !strings.Contains(want, part) {
 			t.Fatalf("before the image:\n%swithout %q", want, part)
 		}
@@ -459,7 +548,7 @@ func testFilesImage(t *testing.T, s *suite) {
 			t.Errorf("files are:\n%swant:\n%s", got, want)
 		}
 		for _, path := range []string{"/etc/owned", "/etc/linked"} {
-			if got := r.read(t, path); len(got) != 3<<20+4 || !strings.HasSuffix(got, "\x00end\n") {
+			if got := r.read(t, path); len(got) != 3<<20+4 || !strings.HasSuffix(got, "\x01end\n") {
 				t.Errorf("%s has %d bytes", path, len(got))
 			}
 		}
@@ -583,15 +672,20 @@ func testDamagedImage(t *testing.T, s *suite) {
 		image = other
 		s.restore(t, image) // it is whole again
 	}
-	image := g.snapshot(t, runtime.ImageMemory, false)
-	s.Corrupt(t, image)
-	cfg := s.config(t)
-	if _, err := s.Runtime.Restore(t.Context(), cfg, image); !errors.Is(err, sandbox.ErrInvalid) {
-		t.Errorf("garbage gives %v", err)
-	} else {
-		t.Log("garbage:", err)
+	for _, kind := range []runtime.ImageKind{runtime.ImageMemory, runtime.ImageFiles} {
+		image := g.snapshot(t, kind, false)
+		s.Corrupt(t, image)
+		cfg := s.config(t)
+		if inst, err := s.Runtime.Restore(t.Context(), cfg, image); err == nil {
+			t.Errorf("garbage in an image of %s is taken", kind)
+			inst.Stop(t.Context())
+		} else if !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("garbage in an image of %s gives %v", kind, err)
+		} else {
+			t.Log("garbage:", err)
+		}
+		s.checkNothingLeft(t, cfg)
 	}
-	s.checkNothingLeft(t, cfg)
 }
 
 // testDiskFull takes snapshots into file systems of many sizes: none may be taken

@@ -34,7 +34,11 @@ type Harness struct {
 	// KillEngine ends, as kill -9 would, the process that is the sandbox's kernel.
 	KillEngine func(t *testing.T, inst runtime.Instance)
 
-	// Corrupt changes what is in an image of memory without changing a file's size.
+	// BeginPause leaves the instance as an agent does that is killed in a pause,
+	// before the guest is stopped.
+	BeginPause func(t *testing.T, inst runtime.Instance)
+
+	// Corrupt changes what is in an image, but no file's size.
 	Corrupt func(t *testing.T, image runtime.Image)
 
 	// Leftovers names every process, mount, cgroup and file that is on the host
@@ -83,8 +87,10 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"images of images of images work", testGenerations},
 		{"a paused instance does nothing until it is resumed", testPause},
 		{"a paused instance is adopted and resumed", testAdoptPaused},
+		{"a snapshot whose agent is gone does not keep the instance from going on", testResumeByAnother},
 		{"an instance made from an image is adopted", testAdoptRestored},
 		{"a guest that has nearly all its memory in use is restored", testFullMemoryImage},
+		{"a guest with many files outlives its snapshot", testManyFiles},
 		{"an image of files boots anew with them", testFilesImage},
 		{"a cancelled restore leaves nothing", testRestoreCancelled},
 		{"a restore that cannot work leaves nothing", testRestoreFails},

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -32,6 +33,20 @@ func addFiles(mux *http.ServeMux) {
 			answer(w, os.Rename(path, to))
 		case "fifo":
 			answer(w, unix.Mkfifo(path, uint32(mode)))
+		case "touch":
+			at := unix.Timespec{Sec: int64(number(r, "at")), Nsec: 5}
+			answer(w, unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{at, at}, 0))
+		case "write":
+			answer(w, os.WriteFile(path, []byte(to), 0o600))
+		case "many":
+			answer(w, writeMany(path, number(r, "n")))
+		case "sparse":
+			f, err := os.Create(path)
+			if err == nil {
+				_, err = f.WriteAt([]byte("end"), 1<<30)
+				f.Close()
+			}
+			answer(w, err)
 		case "setxattr":
 			answer(w, unix.Setxattr(path, "user.test", []byte(to), 0))
 		default:
@@ -39,6 +54,15 @@ func addFiles(mux *http.ServeMux) {
 		}
 	})
 	mux.HandleFunc("GET /stat", stat)
+}
+
+// writeMany makes a directory of n small files.
+func writeMany(dir string, n int) error {
+	err := os.Mkdir(dir, 0o755)
+	for i := 0; i < n && err == nil; i++ {
+		err = os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), []byte("x"), 0o600)
+	}
+	return err
 }
 
 // stat answers what the file system says of path, or "gone".
@@ -50,6 +74,12 @@ func stat(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	fmt.Fprintf(w, "%o %d:%d links %d", st.Mode, st.Uid, st.Gid, st.Nlink)
+	if st.Mode&unix.S_IFMT == unix.S_IFREG {
+		fmt.Fprintf(w, " size %d", st.Size)
+	}
+	if r.FormValue("time") != "" {
+		fmt.Fprintf(w, " changed %d", st.Mtim.Sec)
+	}
 	if to, err := os.Readlink(path); err == nil {
 		fmt.Fprintf(w, " to %s", to)
 	}

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"log"
@@ -77,7 +78,7 @@ func read(w http.ResponseWriter, r *http.Request) {
 func write(w http.ResponseWriter, r *http.Request) {
 	f, err := os.OpenFile(r.FormValue("path"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err == nil {
-		block := make([]byte, 1<<20)
+		block := bytes.Repeat([]byte{1}, 1<<20)
 		for i := number(r, "mib"); i > 0 && err == nil; i-- {
 			_, err = f.Write(block)
 		}
