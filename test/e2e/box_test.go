@@ -8,6 +8,8 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +24,7 @@ import (
 type box struct {
 	p         *platform
 	id, token string
+	instance  string // what it ran in when the test met it
 	processes processconnect.ProcessClient
 }
 
@@ -43,9 +46,20 @@ func (p *platform) create(options map[string]any) *box {
 
 // box returns a client of a sandbox that is there already.
 func (p *platform) box(id, token string) *box {
-	b := &box{p: p, id: id, token: token}
+	b := &box{p: p, id: id, token: token, instance: p.instanceOf(id)}
 	b.processes = processconnect.NewProcessClient(&http.Client{Transport: b}, p.url, connect.WithProtoJSON())
 	return b
+}
+
+// instanceOf is the id of the instance that a sandbox runs in, which names its
+// processes and cgroups; empty when it runs in none.
+func (p *platform) instanceOf(id string) string {
+	data, err := os.ReadFile(filepath.Join(p.dir, "agent", "sandboxes", id, "record.json"))
+	var record struct{ Instance string }
+	if err != nil || json.Unmarshal(data, &record) != nil {
+		return ""
+	}
+	return record.Instance
 }
 
 // RoundTrip adds the headers that take a request to the sandbox's agent, as root.

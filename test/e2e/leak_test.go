@@ -18,7 +18,7 @@ import (
 // nothingLeft is a condition for eventually.
 func nothingLeft(t testing.TB, b *box) func() error {
 	return func() error {
-		if left := leftoversOf(t, b.p.dir, b.id); len(left) > 0 {
+		if left := leftoversOf(t, b); len(left) > 0 {
 			return errors.New(strings.Join(left, "; "))
 		}
 		return nil
@@ -30,8 +30,8 @@ func TestNothingIsLeftOfAKilledSandbox(t *testing.T) {
 	p := startPlatform(t)
 	b := p.create(nil)
 	b.background("sleep 1000", false)
-	if left := leftoversOf(t, p.dir, b.id); len(left) < 3 {
-		t.Fatalf("a running sandbox has a process, a cgroup and a directory; seen: %v", left)
+	if left := leftoversOf(t, b); len(left) < 4 {
+		t.Fatalf("a running sandbox has a process, a cgroup and two directories; seen: %v", left)
 	}
 	b.kill()
 	if err := nothingLeft(t, b)(); err != nil {

@@ -17,7 +17,8 @@ import (
 
 // leftovers lists what is on this host of the platform with data directory dir:
 // processes, network namespaces, links, nftables tables, mounts, cgroups and
-// sandbox directories. After an end with nothing left running it has to be empty.
+// sandboxes' and instances' directories. After an end with nothing left running it
+// has to be empty.
 func leftovers(t testing.TB, dir string) []string {
 	t.Helper()
 	tag := tag(dir)
@@ -43,17 +44,25 @@ func leftovers(t testing.TB, dir string) []string {
 	}
 	left = append(left, mountsOf(t, dir)...)
 	left = append(left, cgroupsNamed(t, "wrenn-"+tag)...)
-	return append(left, matches("directory", filepath.Join(dir, "agent", "sandboxes", "*"))...)
+	for _, path := range matches("directory", filepath.Join(dir, "agent", "sandboxes", "*")) {
+		if _, err := os.Stat(filepath.Join(strings.TrimPrefix(path, "directory "), "image")); err != nil { // one that is paused stays
+			left = append(left, path)
+		}
+	}
+	return append(left, matches("directory", filepath.Join(dir, "agent", "instances", "*"))...)
 }
 
 // leftoversOf lists what is on this host of one sandbox, while its platform and
 // other sandboxes may run.
-func leftoversOf(t testing.TB, dir, id string) []string {
+func leftoversOf(t testing.TB, b *box) (left []string) {
 	t.Helper()
-	left := processesOf(t, id, id)
-	left = append(left, mountsOf(t, id)...)
-	left = append(left, cgroupsNamed(t, id)...)
-	return append(left, matches("directory", filepath.Join(dir, "agent", "sandboxes", id))...)
+	if b.instance != "" {
+		left = processesOf(t, b.instance, b.instance)
+		left = append(left, mountsOf(t, b.instance)...)
+		left = append(left, cgroupsNamed(t, b.instance)...)
+		left = append(left, matches("directory", filepath.Join(b.p.dir, "agent", "instances", b.instance))...)
+	}
+	return append(left, matches("directory", filepath.Join(b.p.dir, "agent", "sandboxes", b.id))...)
 }
 
 // namespacesOf counts the network namespaces of a platform: two for each slot.

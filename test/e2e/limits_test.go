@@ -39,7 +39,7 @@ func TestExceedingMemoryEndsTheSandboxWithAReason(t *testing.T) {
 	t.Parallel()
 	p := smallPlatform(t)
 	neighbour, b := p.create(nil), p.create(nil)
-	for _, group := range cgroupsNamed(t, b.id) {
+	for _, group := range cgroupsNamed(t, b.instance) {
 		for _, file := range []string{"memory.limit_in_bytes", "memory.max"} {
 			path := filepath.Join(strings.TrimPrefix(group, "cgroup "), file)
 			if _, err := os.Stat(path); err != nil {
@@ -103,7 +103,7 @@ func TestForkBombHarmsNobodyElse(t *testing.T) {
 		neighbour.stillWorks()
 	}
 	// The limit holds on the host too: the sandbox's cgroups have few tasks.
-	for _, group := range cgroupsNamed(t, b.id) {
+	for _, group := range cgroupsNamed(t, b.instance) {
 		tasks, err := os.ReadFile(strings.TrimPrefix(group, "cgroup ") + "/cgroup.procs")
 		if err == nil && strings.Count(string(tasks), "\n") > 1000 {
 			t.Errorf("%s has %d processes", group, strings.Count(string(tasks), "\n"))
@@ -121,7 +121,7 @@ func TestKilledSandboxKernelIsNoticedAndHarmsNobodyElse(t *testing.T) {
 	p := startPlatform(t)
 	neighbour, b := p.create(nil), p.create(nil)
 	stream := b.background("sleep 1000", false)
-	if err := syscall.Kill(sentryOf(t, p, b.id), syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(sentryOf(t, p, b.instance), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	message := b.gone(t, 5*time.Second)
@@ -172,7 +172,7 @@ func TestLimitsAreThoseOfTheTemplate(t *testing.T) {
 	}
 	// The sandbox may be shown more CPUs than it can use; what counts is the quota.
 	quota := ""
-	for _, group := range cgroupsNamed(t, b.id) {
+	for _, group := range cgroupsNamed(t, b.instance) {
 		for _, file := range []string{"cpu.cfs_quota_us", "cpu.max"} {
 			if data, err := os.ReadFile(filepath.Join(strings.TrimPrefix(group, "cgroup "), file)); err == nil {
 				quota = strings.Fields(string(data))[0]

@@ -93,7 +93,7 @@ func TestSandboxesOutliveAKilledPlatform(t *testing.T) {
 	}
 	for _, b := range []*box{one.box, two.box, fresh} {
 		b.kill()
-		if left := leftoversOf(t, p.dir, b.id); len(left) > 0 {
+		if left := leftoversOf(t, b); len(left) > 0 {
 			t.Errorf("left of %s after kill:\n%s", b.id, strings.Join(left, "\n"))
 		}
 	}
