@@ -105,7 +105,7 @@ func harness(t *testing.T, root string) runtimetest.Harness {
 		Runtime: open(t, engine, root),
 		Reopen:  func(t *testing.T) runtime.Runtime { return open(t, engine, root) },
 		Slot: func(t *testing.T) *network.Slot {
-			slot, err := pool.Acquire(t.Context(), network.Policy{})
+			slot, err := pool.Acquire(t.Context(), network.Policy{AllowInternet: true})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -115,6 +115,7 @@ func harness(t *testing.T, root string) runtimetest.Harness {
 			}
 			return slot
 		},
+		Outside: outside,
 		KillEngine: func(t *testing.T, inst runtime.Instance) {
 			var state struct{ Engine struct{ PID int } }
 			if err := json.Unmarshal(inst.State(), &state); err != nil {

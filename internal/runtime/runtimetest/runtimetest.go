@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -30,6 +31,10 @@ type Harness struct {
 
 	// Slot gives a prepared network slot, taken back at the end of the test.
 	Slot func(t *testing.T) *network.Slot
+
+	// Outside gives the address of a TCP server that guests in slots reach, and
+	// that sends back what it gets.
+	Outside func(t *testing.T) netip.AddrPort
 
 	// KillEngine ends, as kill -9 would, the process that is the sandbox's kernel.
 	KillEngine func(t *testing.T, inst runtime.Instance)

@@ -10,6 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
@@ -23,12 +24,13 @@ import (
 
 var (
 	ticks atomic.Int64 // of a clock that runs whenever the guest does
-	conns atomic.Int64 // open connections to the echo server
+	conns atomic.Int64 // open connections to the echo server, and those of POST /dial
 	held  struct {
 		sync.Mutex
 		file     *os.File // opened by POST /hold
 		terminal *os.File // opened by POST /terminal
 		lines    *bufio.Reader
+		dialled  net.Conn // by POST /dial
 	}
 )
 
@@ -56,6 +58,8 @@ func addState(mux *http.ServeMux) {
 	mux.HandleFunc("POST /held", writeHeld)
 	mux.HandleFunc("POST /terminal", openTerminal)
 	mux.HandleFunc("POST /type", typeLine)
+	mux.HandleFunc("POST /dial", func(w http.ResponseWriter, r *http.Request) { answer(w, dial(r.FormValue("addr"))) })
+	mux.HandleFunc("POST /dialled", useDialled)
 	mux.HandleFunc("POST /hostname", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, unix.Sethostname([]byte(r.FormValue("name"))))
 	})
@@ -179,4 +183,53 @@ func answerLines(in io.Reader, out io.Writer) {
 		n++
 		fmt.Fprintf(out, "line %d is %q\n", n, lines.Text())
 	}
+}
+
+// dial opens two connections, one as Go's programs do, and one whose reader blocks
+// in the system call as those of most others do.
+func dial(addr string) error {
+	held.Lock()
+	defer held.Unlock()
+	to, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		return err
+	}
+	if held.dialled, err = net.Dial("tcp", addr); err != nil {
+		return err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil {
+		return err
+	}
+	conns.Add(1)
+	go func() {
+		defer conns.Add(-1)
+		_, _ = unix.Read(fd, make([]byte, 1))
+	}()
+	return nil
+}
+
+// useDialled sends the body over the connection of POST /dial and answers what
+// comes back.
+func useDialled(w http.ResponseWriter, r *http.Request) {
+	held.Lock()
+	defer held.Unlock()
+	body, err := io.ReadAll(r.Body)
+	if err == nil {
+		err = held.dialled.SetDeadline(time.Now().Add(3 * time.Second))
+	}
+	if err == nil {
+		_, err = held.dialled.Write(body)
+	}
+	if err == nil {
+		_, err = io.ReadFull(held.dialled, body)
+	}
+	if err != nil {
+		answer(w, err)
+		return
+	}
+	w.Write(body)
 }
