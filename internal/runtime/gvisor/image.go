@@ -88,10 +88,13 @@ func checkImage(image runtime.Image, version string, initSize int64) (manifest, 
 			return refuse("its file %s has %d bytes and should have %d", name, fi.Size(), want)
 		}
 	}
+	if m.Kind == runtime.ImageFiles {
+		return m, nil // whose format has a version of its own, which the engine checks
+	}
 	if m.Version != version {
 		return refuse("it is of version %s of gvisor, this is version %s", m.Version, version)
 	}
-	if m.Kind == runtime.ImageMemory && m.Init != initSize {
+	if m.Init != initSize {
 		return refuse("it was taken with another guest agent (%d bytes, now %d)", m.Init, initSize)
 	}
 	return m, nil
