@@ -111,6 +111,7 @@ func (c *ControlPlane) finishStopping(ctx context.Context, id sandbox.ID, o outc
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+		c.forget(id) // a pause may have made it one that requests wake
 	}
 	if err := c.stopOnAgent(ctx, id); err != nil {
 		return err // the record stays Stopping; the reconciler goes on from there

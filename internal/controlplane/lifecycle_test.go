@@ -168,7 +168,9 @@ func TestAtTheEndOfItsTimeASandboxIsPausedIfThatWasAskedFor(t *testing.T) {
 
 func TestASandboxThatCannotBePausedAtTheEndOfItsTimeIsNotKilled(t *testing.T) {
 	r := newRig(t)
+	tried := make(chan struct{}, 1)
 	r.agent.OnPause = func(context.Context, string) error {
+		tried <- struct{}{}
 		return connect.NewError(connect.CodeResourceExhausted, errors.New("the host's disk is full"))
 	}
 	r.run()
@@ -178,7 +180,7 @@ func TestASandboxThatCannotBePausedAtTheEndOfItsTimeIsNotKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.await(b.ID, sandbox.Pausing)
+	<-tried
 	got := r.await(b.ID, sandbox.Running)
 	if d := time.Until(got.Ends); d < 30*time.Second {
 		t.Errorf("it is tried again in %v", d)
@@ -474,4 +476,116 @@ func TestATeamHasItsQuota(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.pause(b.ID)
+}
+
+func TestAnExpiryDoesNotEndWhatIsPausedMeanwhile(t *testing.T) {
+	r := newRig(t)
+	first, second := r.create(10*time.Millisecond), r.create(10*time.Millisecond)
+	// While the first is ended the second, which is due as well, is paused.
+	paused := make(chan error, 1)
+	once := sync.OnceFunc(func() { paused <- r.Pause(t.Context(), team, second.ID, true) })
+	r.store = hookedStore{r.store, func(c store.Change) {
+		if !c.IfEndsBy.IsZero() {
+			once()
+		}
+	}}
+	r.fresh()
+	for time.Now().Before(second.Ends) {
+		<-time.After(time.Until(second.Ends))
+	}
+	r.run()
+	if err := <-paused; err != nil {
+		t.Fatal(err)
+	}
+	r.await(first.ID, sandbox.Stopped)
+	last := r.create(10 * time.Millisecond)
+	r.await(last.ID, sandbox.Stopped) // by then the second's turn has come
+	if got := r.record(second.ID); got.State != sandbox.Paused {
+		t.Errorf("it is %s: %s", got.State, got.Reason)
+	}
+}
+
+func TestASandboxIsNotPausedBeyondTheQuotaAtTheEndOfItsTime(t *testing.T) {
+	r := newRig(t)
+	r.limits = controlplane.Limits{TeamImageBytes: 1 << 20}
+	r.fresh()
+	r.pause(r.create(time.Hour).ID) // takes it all
+	r.run()
+	b, err := r.Create(t.Context(), team, controlplane.CreateRequest{
+		Template: "base", Timeout: 10 * time.Millisecond, AutoPause: true, AutoPauseMemory: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.await(r.create(20*time.Millisecond).ID, sandbox.Stopped)
+	if got := r.record(b.ID); got.State != sandbox.Running || time.Until(got.Ends) < 30*time.Second {
+		t.Errorf("it is %s and ends in %v", got.State, time.Until(got.Ends))
+	}
+}
+
+func TestAKilledSandboxIsNotWokenThoughItWasBeingPaused(t *testing.T) {
+	r := newRig(t)
+	b, err := r.Create(t.Context(), team, controlplane.CreateRequest{
+		Template: "base", Timeout: time.Minute, AutoPause: true, AutoPauseMemory: true, AutoResume: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	killed, forgotten := make(chan error, 1), make(chan struct{})
+	r.store = afterStore{r.store, func(c store.Change) {
+		if c.State == sandbox.Pausing { // recorded, and not noted as asleep
+			go func() { killed <- r.Kill(context.WithoutCancel(t.Context()), team, b.ID) }()
+			<-forgotten
+		}
+		if c.State == sandbox.Stopping {
+			defer close(forgotten)
+		}
+	}}
+	r.fresh()
+	if _, err := r.Resolve(t.Context(), string(b.ID)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Pause(t.Context(), team, b.ID, true); err == nil {
+		t.Error("the pause went through")
+	}
+	if err := <-killed; err != nil {
+		t.Error(err)
+	}
+	_, err = r.Resolve(t.Context(), string(b.ID))
+	is(t, err, sandbox.ErrNotFound)
+}
+
+// afterBoxes are a store's sandboxes with a word after every transition.
+type afterBoxes struct {
+	store.Sandboxes
+	after func(store.Change)
+}
+
+func (b afterBoxes) Transition(ctx context.Context, id sandbox.ID, from sandbox.State, c store.Change) error {
+	err := b.Sandboxes.Transition(ctx, id, from, c)
+	if err == nil {
+		b.after(c)
+	}
+	return err
+}
+
+type afterStore struct {
+	store.Store
+	after func(store.Change)
+}
+
+func (s afterStore) Sandboxes() store.Sandboxes { return afterBoxes{s.Store.Sandboxes(), s.after} }
+
+func TestAnAgentThatWasRestartedDuringAPauseGetsTheTokenAgain(t *testing.T) {
+	r := newRig(t)
+	b := r.create(time.Minute)
+	if err := r.store.Sandboxes().Transition(t.Context(), b.ID, sandbox.Running, store.Change{State: sandbox.Pausing}); err != nil {
+		t.Fatal(err)
+	}
+	r.fresh()
+	r.run()
+	r.await(b.ID, sandbox.Running)
+	if r.agent.Token(b.ID) != r.AccessToken(b.ID) {
+		t.Errorf("the agent's token is %q", r.agent.Token(b.ID))
+	}
 }

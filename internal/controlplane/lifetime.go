@@ -153,7 +153,7 @@ func (c *ControlPlane) expireDue(ctx context.Context, wg *sync.WaitGroup, now ti
 			continue
 		}
 		wg.Go(func() {
-			if err := finish(); err != nil && ctx.Err() == nil {
+			if err := ignoreLost(finish()); err != nil && ctx.Err() == nil {
 				c.log.Error("end expired sandbox", "sandbox", b.ID, "err", err)
 			}
 		})
@@ -168,7 +168,15 @@ const expired = "its timeout expired"
 // rest of the work.
 func (c *ControlPlane) claimExpiry(ctx context.Context, b sandbox.Sandbox, now time.Time) (finish func() error, err error) {
 	if !b.Spec.AutoPause {
-		return c.claimEnd(ctx, b.ID, outcome{state: sandbox.Stopped, reason: expired, ifEndsBy: now})
+		// One that was paused meanwhile has no time to live any more.
+		return c.claimEnd(ctx, b.ID, outcome{state: sandbox.Stopped, reason: expired, from: sandbox.Running, ifEndsBy: now})
+	}
+	if err := c.checkDisk(ctx, b.TeamID); errors.Is(err, sandbox.ErrExhausted) {
+		c.log.Warn("expired sandbox is not paused yet", "sandbox", b.ID, "err", err, "retry_in", pauseAgain)
+		_, err = c.boxes.ExtendEnds(ctx, b.ID, now.Add(pauseAgain))
+		return func() error { return nil }, err
+	} else if err != nil {
+		return nil, err
 	}
 	return c.claimPause(ctx, b, b.Spec.AutoPauseMemory, store.Change{Cause: expired, IfEndsBy: now})
 }

@@ -171,6 +171,10 @@ func (c *ControlPlane) settleAs(ctx context.Context, b sandbox.Sandbox, s *hosta
 		} else if ends.Before(now) {
 			ends = now.Add(pauseAgain)
 		}
+		// An agent that was restarted meanwhile does not know the token.
+		if err := c.giveToken(ctx, b); err != nil {
+			return err
+		}
 		return c.nowRunning(ctx, b, store.Change{Address: s.GetAddress(), Ends: ends, Cause: cause})
 	case state == sandbox.Paused:
 		return c.boxes.Transition(ctx, b.ID, b.State, store.Change{State: sandbox.Paused, Cause: cause})
