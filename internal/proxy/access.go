@@ -69,7 +69,7 @@ func (s *stream) admit(r *http.Request, a Access) bool {
 	switch {
 	case why == "":
 		return true
-	case announcesToken(r):
+	case announces(r, HeaderTrafficToken):
 		s.allowPreflight(r.Header)
 		return false
 	case hasToken:
@@ -138,14 +138,14 @@ func navigates(r *http.Request) bool {
 		(r.Header.Get("Sec-Fetch-Mode") != "" || strings.Contains(strings.ToLower(r.Header.Get("Accept")), "text/html"))
 }
 
-// announcesToken reports whether a browser asks if a page of another origin may
-// send a request that carries the traffic token. It asks without the token.
-func announcesToken(r *http.Request) bool {
+// announces reports whether a browser asks if a page of another origin may send a
+// request that carries a token in this header. It asks without the token.
+func announces(r *http.Request, header string) bool {
 	if r.Method != http.MethodOptions || r.Header.Get("Origin") == "" || r.Header.Get("Access-Control-Request-Method") == "" {
 		return false
 	}
 	for _, name := range strings.Split(r.Header.Get("Access-Control-Request-Headers"), ",") {
-		if strings.EqualFold(strings.TrimSpace(name), HeaderTrafficToken) {
+		if strings.EqualFold(strings.TrimSpace(name), header) {
 			return true
 		}
 	}

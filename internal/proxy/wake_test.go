@@ -2,9 +2,13 @@ package proxy_test
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -67,8 +71,12 @@ func TestWhatMayNotReachASandboxDoesNotWakeIt(t *testing.T) {
 		"the guest agent without token":    {access: secured, port: proxy.AgentPort, path: "/files", status: 502},
 		"the guest agent, a wrong token":   {access: secured, port: proxy.AgentPort, path: "/files", header: http.Header{"X-Access-Token": {"secre"}}, status: 502},
 		"the guest agent, its token":       {access: secured, port: proxy.AgentPort, path: "/files", header: http.Header{"X-Access-Token": {"secret"}}, wakes: true},
-		"the guest agent, a signed URL":    {access: secured, port: proxy.AgentPort, path: "/files?path=a&signature=v1_x", wakes: true},
-		"the guest agent, a browser asks":  {access: secured, port: proxy.AgentPort, method: "OPTIONS", path: "/files", header: http.Header{"Origin": {"http://a"}, "Access-Control-Request-Headers": {"content-type, x-access-token"}}, wakes: true},
+		"the guest agent, a signed URL":    {access: secured, port: proxy.AgentPort, path: "/files?path=a&username=u&signature=" + signature("a:read:u:secret"), wakes: true},
+		"the guest agent, for a while":     {access: secured, port: proxy.AgentPort, path: "/files?path=a&signature_expiration=9999999999&signature=" + signature("a:read::secret:9999999999"), wakes: true},
+		"the guest agent, too late":        {access: secured, port: proxy.AgentPort, path: "/files?path=a&signature_expiration=1&signature=" + signature("a:read::secret:1"), status: 502},
+		"the guest agent, signed to read":  {access: secured, port: proxy.AgentPort, method: "POST", path: "/files?path=a&signature=" + signature("a:read::secret"), status: 502},
+		"the guest agent, a wrong sign":    {access: secured, port: proxy.AgentPort, path: "/files?path=a&signature=v1_x", status: 502},
+		"the guest agent, a browser asks":  {access: secured, port: proxy.AgentPort, method: "OPTIONS", path: "/files", header: http.Header{"Origin": {"http://a"}, "Access-Control-Request-Method": {"POST"}, "Access-Control-Request-Headers": {"content-type, x-access-token"}}, status: 204},
 		"the guest agent, asked otherwise": {access: secured, port: proxy.AgentPort, method: "OPTIONS", path: "/files", status: 502},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -87,6 +95,22 @@ func TestWhatMayNotReachASandboxDoesNotWakeIt(t *testing.T) {
 				t.Errorf("woken: %v, %s %s", woken, res.Status, body)
 			}
 		})
+	}
+}
+
+// signature is what stands for the token in the URL of a file.
+func signature(of string) string {
+	sum := sha256.Sum256([]byte(of))
+	return url.QueryEscape("v1_" + base64.RawStdEncoding.EncodeToString(sum[:]))
+}
+
+func TestTheQuestionForHealthWakesNothingUnderAPathEither(t *testing.T) {
+	s := &sleeper{access: public}
+	w := newWorldWith(t, proxy.Config{Resolver: s})
+	req := w.request(t, "GET", idA, 1, fmt.Sprintf("/proxy/%s/%d/health", idA, proxy.AgentPort), nil)
+	req.Host = ""
+	if res, body := do(t, w.http1, req); res.StatusCode != 502 || s.woken.Load() > 0 {
+		t.Errorf("woken: %d times, %s %s", s.woken.Load(), res.Status, body)
 	}
 }
 
