@@ -104,6 +104,12 @@ type initializer struct {
 	lifecycle string
 }
 
+// resumed reports whether a request is the first after a boot or a resume. The
+// caller holds mu.
+func (i *initializer) resumed(req initRequest) bool {
+	return req.LifecycleID != "" && req.LifecycleID != i.lifecycle
+}
+
 // serveInit serves POST /init. Once a token is set only who knows it may change
 // it, or anything else.
 func (a *Agent) serveInit(w http.ResponseWriter, r *http.Request) {
@@ -126,7 +132,9 @@ func (a *Agent) serveInit(w http.ResponseWriter, r *http.Request) {
 		files.WriteError(w, http.StatusUnauthorized, errors.New("access token does not match the one set before"))
 		return
 	}
-	if req.Timestamp == nil || req.Timestamp.After(a.init.last) {
+	// The clock of the host may have been set back since this memory was put aside:
+	// what tells of a resume is no old request, whatever its time.
+	if req.Timestamp == nil || req.Timestamp.After(a.init.last) || a.init.resumed(req) {
 		if err := a.apply(req, arrival); err != nil {
 			a.log.Error("init failed", "error", err)
 			files.WriteError(w, http.StatusInternalServerError, err)
@@ -165,7 +173,7 @@ func (a *Agent) apply(req initRequest, arrival time.Time) error {
 			return err
 		}
 	}
-	resumed := req.LifecycleID != "" && req.LifecycleID != a.init.lifecycle
+	resumed := a.init.resumed(req)
 	if resumed {
 		a.init.lifecycle = req.LifecycleID
 	}

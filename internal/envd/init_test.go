@@ -109,6 +109,13 @@ func TestInitSetsAndProtectsTheToken(t *testing.T) {
 	reachable(false, "")
 	status(204, "absent token clears it", map[string]any{"timestamp": stamp(3 * time.Second)}, "X-Access-Token", "two")
 	reachable(true, "")
+	status(204, "a resume on a host whose clock is behind", map[string]any{"accessToken": "three", "timestamp": stamp(-time.Hour), "lifecycleID": "second"})
+	reachable(true, "three")
+	reachable(false, "")
+	status(204, "an old request after it", map[string]any{"timestamp": stamp(-2 * time.Hour), "lifecycleID": "second"}, "X-Access-Token", "three")
+	reachable(false, "")
+	status(204, "a young one", map[string]any{"timestamp": stamp(-time.Minute), "lifecycleID": "second"}, "X-Access-Token", "three")
+	reachable(true, "")
 	if got, _, _ := a.call(t, "POST", "/init", "{"); got != 400 {
 		t.Errorf("broken body: got %d", got)
 	}
