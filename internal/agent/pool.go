@@ -386,7 +386,13 @@ func (p *pool) addSpare(ctx context.Context, s *shelf) (err error) {
 	if err != nil {
 		return err
 	}
-	o.image = s.image.runtime()
+	p.mu.Lock()
+	im := s.image
+	p.mu.Unlock()
+	if im.dir == "" {
+		return nil // discarded meanwhile
+	}
+	o.image = im.runtime()
 	u, err := p.agent.startUnit(ctx, o)
 	if errors.Is(err, sandbox.ErrInvalid) {
 		p.discardImage(s.key)
