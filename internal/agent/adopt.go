@@ -109,10 +109,13 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 // engine refuses: whoever wants to resume the sandbox is told why. What a resume
 // that was cut off has made is freed as a stray.
 func (a *Agent) wasPaused(m *managed) bool {
-	if _, err := openImage(m.imageDir(), a.cfg.Runtime); errors.Is(err, sandbox.ErrNotFound) {
+	im, err := openImage(m.imageDir(), a.cfg.Runtime)
+	if errors.Is(err, sandbox.ErrNotFound) {
 		return false
 	}
-	err := m.setState(sandbox.Paused, func(r *record) { r.Instance, r.Slot, r.RuntimeState = "", 0, nil })
+	err = m.setState(sandbox.Paused, func(r *record) {
+		r.Instance, r.Slot, r.RuntimeState, r.ImageBytes = "", 0, nil, im.bytes()
+	})
 	if err != nil {
 		a.log.Warn("journal sandbox as paused", "sandbox", m.id, "err", err) // the next start comes to the same
 	}

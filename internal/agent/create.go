@@ -224,7 +224,7 @@ func (a *Agent) run(ctx context.Context, m *managed, u *unit, init guest.InitReq
 	m.unit = u
 	m.serving(u)
 	err = m.setState(sandbox.Running, func(r *record) {
-		r.EnvdVersion, r.Instance, r.Slot, r.RuntimeState = version, u.id, u.slot.Index, u.inst.State()
+		r.EnvdVersion, r.Instance, r.Slot, r.RuntimeState, r.ImageBytes = version, u.id, u.slot.Index, u.inst.State(), 0
 	})
 	if err != nil {
 		return err

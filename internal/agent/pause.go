@@ -41,7 +41,9 @@ func (a *Agent) pause(ctx context.Context, m *managed, kind runtime.ImageKind) (
 	im, err := a.writeAndSeal(ctx, u, m.imageDir(), m.manifest(a, kind, env), true)
 	if err == nil {
 		m.silent()
-		if err = m.setState(sandbox.Paused, func(r *record) { r.Instance, r.Slot, r.RuntimeState = "", 0, nil }); err != nil {
+		if err = m.setState(sandbox.Paused, func(r *record) {
+			r.Instance, r.Slot, r.RuntimeState, r.ImageBytes = "", 0, nil, im.bytes()
+		}); err != nil {
 			m.serving(u)
 		}
 	}

@@ -35,6 +35,8 @@ type record struct {
 	Instance     sandbox.ID      `json:"instance,omitempty"`
 	Slot         int             `json:"slot"`
 	RuntimeState json.RawMessage `json:"runtime_state,omitempty"`
+
+	ImageBytes int64 `json:"image_bytes,omitempty"` // of a paused one
 }
 
 const recordFile = "record.json"

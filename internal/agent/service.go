@@ -200,7 +200,7 @@ func (s *service) ListSandboxes(context.Context, *hostagent.ListSandboxesRequest
 	for _, m := range s.agent.list() {
 		rec, addr, _ := m.status()
 		st := &hostagent.SandboxStatus{
-			SandboxId: string(m.id), State: string(rec.State), ChangedAt: timestamppb.New(rec.Changed),
+			SandboxId: string(m.id), State: string(rec.State), ChangedAt: timestamppb.New(rec.Changed), ImageBytes: rec.ImageBytes,
 		}
 		if addr.IsValid() {
 			st.Address = addr.String()

@@ -298,6 +298,9 @@ func TestWhatACrashLeftInTransitionIsSettledByWhatTheAgentHas(t *testing.T) {
 		if c.want == sandbox.Failed && got.Reason == "" {
 			t.Errorf("%+v: no reason", c)
 		}
+		if c.record == sandbox.Pausing && c.want == sandbox.Paused && got.ImageBytes == 0 {
+			t.Errorf("%+v: its image counts for nothing", c)
+		}
 		if target, err := r.Resolve(t.Context(), string(id)); (err == nil && target.Addr.IsValid()) != (c.want == sandbox.Running) {
 			t.Errorf("%+v: resolves to %+v, %v", c, target, err)
 		}

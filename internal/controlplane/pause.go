@@ -177,7 +177,11 @@ func (c *ControlPlane) settleAs(ctx context.Context, b sandbox.Sandbox, s *hosta
 		}
 		return c.nowRunning(ctx, b, store.Change{Address: s.GetAddress(), Ends: ends, Cause: cause})
 	case state == sandbox.Paused:
-		return c.boxes.Transition(ctx, b.ID, b.State, store.Change{State: sandbox.Paused, Cause: cause})
+		change := store.Change{State: sandbox.Paused, Cause: cause}
+		if size := s.GetImageBytes(); size > 0 {
+			change.ImageBytes = &size
+		}
+		return c.boxes.Transition(ctx, b.ID, b.State, change)
 	}
 	return nil // the agent is at it
 }

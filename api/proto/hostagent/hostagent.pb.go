@@ -1282,6 +1282,7 @@ type SandboxStatus struct {
 	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"` // why it ended
 	Address       string                 `protobuf:"bytes,4,opt,name=address,proto3" json:"address,omitempty"`
 	ChangedAt     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=changed_at,json=changedAt,proto3" json:"changed_at,omitempty"`
+	ImageBytes    int64                  `protobuf:"varint,6,opt,name=image_bytes,json=imageBytes,proto3" json:"image_bytes,omitempty"` // what a paused one takes on the disk
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1349,6 +1350,13 @@ func (x *SandboxStatus) GetChangedAt() *timestamppb.Timestamp {
 		return x.ChangedAt
 	}
 	return nil
+}
+
+func (x *SandboxStatus) GetImageBytes() int64 {
+	if x != nil {
+		return x.ImageBytes
+	}
+	return 0
 }
 
 type WatchSandboxesRequest struct {
@@ -1944,7 +1952,7 @@ const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\x16SetAccessTokenResponse\"\x16\n" +
 	"\x14ListSandboxesRequest\"O\n" +
 	"\x15ListSandboxesResponse\x126\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x18.hostagent.SandboxStatusR\tsandboxes\"\xb1\x01\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x18.hostagent.SandboxStatusR\tsandboxes\"\xd2\x01\n" +
 	"\rSandboxStatus\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n" +
@@ -1952,7 +1960,9 @@ const file_hostagent_hostagent_proto_rawDesc = "" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n" +
 	"\aaddress\x18\x04 \x01(\tR\aaddress\x129\n" +
 	"\n" +
-	"changed_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tchangedAt\"\x17\n" +
+	"changed_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tchangedAt\x12\x1f\n" +
+	"\vimage_bytes\x18\x06 \x01(\x03R\n" +
+	"imageBytes\"\x17\n" +
 	"\x15WatchSandboxesRequest\"H\n" +
 	"\x16WatchSandboxesResponse\x12.\n" +
 	"\x05ended\x18\x01 \x01(\v2\x18.hostagent.SandboxStatusR\x05ended\"\xb5\x01\n" +

@@ -98,6 +98,9 @@ func (a *Agent) Put(id sandbox.ID, state sandbox.State, reason string) {
 	a.boxes[string(id)] = &hostagent.SandboxStatus{
 		SandboxId: string(id), State: string(state), Reason: reason, Address: "10.0.0.9", ChangedAt: timestamppb.Now(),
 	}
+	if state == sandbox.Paused {
+		a.boxes[string(id)].ImageBytes = imageBytes
+	}
 }
 
 // Vanish forgets a sandbox without a word.
