@@ -66,6 +66,11 @@ func stopAndLock(ctx context.Context, dir dataDir) (lock *instanceLock, was bool
 			return nil, was, err
 		}
 		was = was || stopped
+		// A host agent that is a process of its own.
+		if stopped, err = stopRunning(ctx, dataDir(dir.agent()), syscall.SIGINT); err != nil {
+			return nil, was, err
+		}
+		was = was || stopped
 		if lock, err = acquireLock(dir); !errors.Is(err, errLocked) {
 			return lock, was, err
 		}

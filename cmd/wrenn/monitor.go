@@ -44,7 +44,10 @@ func (p *platform) openAccessLog() (err error) {
 // metrics serves what the platform counts, in Prometheus' format.
 func (p *platform) metrics() http.Handler {
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), p.proxy, p.agent)
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), p.proxy)
+	if p.agent != nil { // one of another process is not asked
+		registry.MustRegister(p.agent)
+	}
 	if p.access != nil {
 		registry.MustRegister(p.access)
 	}

@@ -51,6 +51,7 @@ type platform struct {
 	acme   *tlscert.ACME  // nil without ACME
 	access *accesslog.Log // nil when it is off
 	apiURL string
+	remote bool // the host agent is another process
 
 	ended chan error // the first part that ended by itself says why
 	kill  bool       // stop ends the sandboxes too
@@ -59,8 +60,16 @@ type platform struct {
 
 // startPlatform builds what is missing in the data directory, takes over the
 // sandboxes that run there, and serves.
-func startPlatform(ctx context.Context, dir dataDir, opts upOptions, progress io.Writer, log *slog.Logger) (_ *platform, err error) {
-	p := &platform{dir: dir, opts: opts, log: log, ended: make(chan error, 4)}
+func startPlatform(ctx context.Context, dir dataDir, opts upOptions, progress io.Writer, log *slog.Logger) (*platform, error) {
+	return newPlatform(dir, opts, log).start(ctx, progress)
+}
+
+func newPlatform(dir dataDir, opts upOptions, log *slog.Logger) *platform {
+	return &platform{dir: dir, opts: opts, log: log, ended: make(chan error, 4)}
+}
+
+func (p *platform) start(ctx context.Context, progress io.Writer) (_ *platform, err error) {
+	dir, opts, log := p.dir, p.opts, p.log
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.stop(false))
@@ -132,7 +141,7 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 	if err != nil {
 		return err
 	}
-	hostAgent, err := p.startAgent(ctx)
+	hostAgent, err := p.reachAgent(ctx)
 	if err != nil {
 		return err
 	}
@@ -157,12 +166,10 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 	if err != nil {
 		return fmt.Errorf("register base template: %w", err)
 	}
-	if err := p.plane.KeepReady(ctx, build.TemplateID); err != nil {
-		return fmt.Errorf("keep sandboxes of the base template ready: %w", err)
-	}
+	p.plane.KeepReady(build.TemplateID)
 	p.run("control plane", p.plane.Run)
 	p.onStop(func(ctx context.Context) error {
-		if !p.kill {
+		if !p.kill || p.remote {
 			return nil
 		}
 		return p.plane.EndAll(ctx, "the platform was shut down")
@@ -205,12 +212,35 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 	return a, rt, nil
 }
 
-// startAgent starts the host agent and returns a client of it, over a listener
-// in memory.
-func (p *platform) startAgent(ctx context.Context) (hostagentconnect.HostAgentClient, error) {
+// reachAgent returns a client of the host agent: one of another process, at its
+// socket, or one of this process, which it starts, over a listener in memory.
+func (p *platform) reachAgent(ctx context.Context) (hostagentconnect.HostAgentClient, error) {
+	dial := p.dir.dialAgent
+	if !p.remote {
+		lock, err := takeLock(ctx, dataDir(p.dir.agent()))
+		if err != nil {
+			return nil, err
+		}
+		p.onStop(func(context.Context) error { lock.release(); return nil })
+		if err := lock.describe(runningPlatform{PID: os.Getpid(), Program: programID(), Started: time.Now()}); err != nil {
+			return nil, err
+		}
+		meeting := newInMemoryListener()
+		if err := p.serveAgent(ctx, meeting); err != nil {
+			return nil, err
+		}
+		dial = meeting.DialContext
+	}
+	transport := &http.Transport{DialContext: dial, MaxIdleConnsPerHost: 64, DisableCompression: true}
+	p.onStop(func(context.Context) error { transport.CloseIdleConnections(); return nil })
+	return hostagentconnect.NewHostAgentClient(&http.Client{Transport: transport}, "http://host-agent"), nil
+}
+
+// serveAgent starts the host agent and serves its RPC interface.
+func (p *platform) serveAgent(ctx context.Context, at net.Listener) error {
 	a, rt, err := openAgent(ctx, p.dir, p.opts, p.log)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	p.agent = a
 	p.onStop(func(ctx context.Context) error {
@@ -220,19 +250,12 @@ func (p *platform) startAgent(ctx context.Context) (hostagentconnect.HostAgentCl
 		}
 		return errors.Join(end(ctx), rt.Close())
 	})
-
-	meeting := newInMemoryListener()
 	mux := http.NewServeMux()
 	mux.Handle(a.Handler())
 	rpc := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
-	p.run("host agent's interface", func(context.Context) error { return rpc.Serve(meeting) })
-	transport := &http.Transport{DialContext: meeting.DialContext, MaxIdleConnsPerHost: 64, DisableCompression: true}
-	p.onStop(func(context.Context) error {
-		err := rpc.Close()
-		transport.CloseIdleConnections()
-		return err
-	})
-	return hostagentconnect.NewHostAgentClient(&http.Client{Transport: transport}, "http://host-agent"), nil
+	p.run("host agent's interface", func(context.Context) error { return rpc.Serve(at) })
+	p.onStop(func(context.Context) error { return rpc.Close() })
+	return nil
 }
 
 // admitOperator makes the default team and the local operator's API key, where

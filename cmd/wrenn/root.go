@@ -100,6 +100,8 @@ func newRootCmd() *cobra.Command {
 	root.AddCommand(
 		newUpCmd(),
 		newDownCmd(),
+		newServerCmd(),
+		newAgentCmd(),
 		newRunCmd(),
 		newSandboxCmd(),
 		newSnapshotCmd(),

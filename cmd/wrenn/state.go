@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -32,6 +33,7 @@ func (d dataDir) masterKey() string   { return filepath.Join(string(d), "keys", 
 func (d dataDir) acme() string        { return filepath.Join(string(d), "acme") }
 func (d dataDir) templates() string   { return filepath.Join(string(d), "templates") }
 func (d dataDir) agent() string       { return filepath.Join(string(d), "agent") }
+func (d dataDir) socket() string      { return filepath.Join(d.agent(), "agent.sock") }
 func (d dataDir) runsc() string       { return filepath.Join(d.agent(), "runsc") }
 func (d dataDir) sandboxes() string   { return filepath.Join(d.agent(), "sandboxes") }
 func (d dataDir) log() string         { return filepath.Join(string(d), "log", "wrenn.log") }
@@ -50,6 +52,49 @@ func (d dataDir) tag() string {
 	h := fnv.New32a()
 	io.WriteString(h, string(d))
 	return fmt.Sprintf("%04x", h.Sum32()&0xffff)
+}
+
+// dialAgent connects to the host agent of another process. A socket's path has
+// room for 107 bytes, and a data directory may be longer: so it goes by way of a
+// descriptor.
+func (d dataDir) dialAgent(ctx context.Context, _, _ string) (net.Conn, error) {
+	var conn net.Conn
+	err := d.nearSocket(func(path string) (err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, "unix", path)
+		return err
+	})
+	return conn, err
+}
+
+// listenAgent opens that socket; what a killed agent left there goes. The caller
+// has the agent's lock.
+func (d dataDir) listenAgent() (net.Listener, error) {
+	if err := os.Remove(d.socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove stale socket: %w", err)
+	}
+	var ln net.Listener
+	err := d.nearSocket(func(path string) (err error) {
+		ln, err = net.Listen("unix", path)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listen for the control plane: %w", err)
+	}
+	ln.(*net.UnixListener).SetUnlinkOnClose(false) // its path is only good now
+	if err := os.Chmod(d.socket(), 0o600); err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	return ln, nil
+}
+
+// nearSocket calls f with a short path of the agent's socket.
+func (d dataDir) nearSocket(f func(path string) error) error {
+	dir, err := os.Open(d.agent())
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return f(fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(d.socket())))
 }
 
 // openDataDir makes the directory and returns it by its one true name.

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/wrenn/wrenn/internal/accesslog"
 	"github.com/wrenn/wrenn/internal/proxy"
@@ -80,25 +81,41 @@ Python in a new sandbox, and returns.`,
 			return upForeground(cmd.Context(), dir, opts)
 		},
 	}
-	f := cmd.Flags()
+	opts.addServerFlags(cmd.Flags())
+	opts.addAgentFlags(cmd.Flags(), &cidr, &allow, &dns)
+	cmd.Flags().BoolVar(&detach, "detach", false, "start in the background and check that it works")
+	return cmd
+}
+
+// addServerFlags are those of the control plane and the data plane.
+func (opts *upOptions) addServerFlags(f *pflag.FlagSet) {
 	f.StringVar(&opts.Listen, "listen", defaultListen, "address of the API and the data plane, plain HTTP")
 	f.StringVar(&opts.Domain, "domain", "", "domain of the data plane: ports are at {port}-{id}.DOMAIN, the API at api.DOMAIN (default wrenn.localhost with the port of --listen)")
 	opts.addTLSFlags(f)
 	f.BoolVar(&opts.NoHostCAs, "no-host-cas", false, "do not trust, inside sandboxes, the certificate authorities added to this host")
-	f.StringVar(&cidr, "network-cidr", "", "address range for sandbox networks (default: the first of a few that meets no route of this host)")
-	f.StringSliceVar(&allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
-	f.StringVar(&dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
-	f.IntVar(&opts.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
-	f.Int64Var(&opts.PoolMemory, "pool-memory", 512, "memory in MiB for sandboxes that are kept ready before anybody asks; 0 keeps none")
 	f.IntVar(&opts.TeamSandboxes, "team-sandboxes", 0, "sandboxes that one team may have running at once (default any number)")
 	f.Int64Var(&opts.TeamImages, "team-images", 0, "room on the disk in MiB for one team's snapshots and paused sandboxes (default any)")
 	f.IntVar(&opts.Connections, "connections-per-sandbox", proxy.DefaultLimit, "requests and WebSockets open at once to the applications of one sandbox")
 	f.StringVar(&opts.AccessLog, "access-log", "", "file for the access log of the data plane, - for standard output, or off (default DIR/log/access.log)")
-	f.BoolVar(&detach, "detach", false, "start in the background and check that it works")
-	return cmd
 }
 
-func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
+// addAgentFlags are those of the host agent.
+func (opts *upOptions) addAgentFlags(f *pflag.FlagSet, cidr *string, allow *[]string, dns *string) {
+	f.StringVar(cidr, "network-cidr", "", "address range for sandbox networks (default: the first of a few that meets no route of this host)")
+	f.StringSliceVar(allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
+	f.StringVar(dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
+	f.IntVar(&opts.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
+	f.Int64Var(&opts.PoolMemory, "pool-memory", 512, "memory in MiB for sandboxes that are kept ready before anybody asks; 0 keeps none")
+}
+
+func (o *upOptions) parse(cidr string, allow []string, dns string) error {
+	if err := o.parseAgent(cidr, allow, dns); err != nil {
+		return err
+	}
+	return o.parseServer()
+}
+
+func (o *upOptions) parseAgent(cidr string, allow []string, dns string) (err error) {
 	if cidr != "" {
 		if o.NetworkCIDR, err = netip.ParsePrefix(cidr); err != nil {
 			return usageErrorf("--network-cidr: %v", err)
@@ -116,6 +133,16 @@ func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
 			return usageErrorf("--resolver: %v", err)
 		}
 	}
+	if o.ReadySlots < 1 || o.ReadySlots > 256 {
+		return usageErrorf("--ready-slots: want 1 to 256")
+	}
+	if o.PoolMemory < 0 {
+		return usageErrorf("--pool-memory: want 0 or more")
+	}
+	return nil
+}
+
+func (o *upOptions) parseServer() error {
 	if _, _, err := net.SplitHostPort(o.Listen); err != nil {
 		return usageErrorf("--listen: %v (want HOST:PORT)", err)
 	}
@@ -123,11 +150,8 @@ func (o *upOptions) parse(cidr string, allow []string, dns string) (err error) {
 	if err := o.checkTLS(); err != nil {
 		return err
 	}
-	if o.ReadySlots < 1 || o.ReadySlots > 256 {
-		return usageErrorf("--ready-slots: want 1 to 256")
-	}
-	if o.PoolMemory < 0 || o.TeamSandboxes < 0 || o.TeamImages < 0 {
-		return usageErrorf("--pool-memory, --team-sandboxes, --team-images: want 0 or more")
+	if o.TeamSandboxes < 0 || o.TeamImages < 0 {
+		return usageErrorf("--team-sandboxes, --team-images: want 0 or more")
 	}
 	if o.Connections < 1 {
 		return usageErrorf("--connections-per-sandbox: want more than 0")
@@ -151,23 +175,43 @@ func (o *upOptions) parseAccessLog() (err error) {
 
 // upForeground runs the platform until it is told to end.
 func upForeground(ctx context.Context, dir dataDir, opts upOptions) error {
+	return runForeground(ctx, part{
+		name: "wrenn up", lock: dir, start: func(ctx context.Context, progress io.Writer, log *slog.Logger) (*platform, error) {
+			return startPlatform(ctx, dir, opts, progress, log)
+		},
+		ready: func(p *platform) string {
+			return fmt.Sprintf("Wrenn is up at %s (data in %s). Ctrl-C ends it and its sandboxes.", p.apiURL, dir)
+		},
+	}, opts)
+}
+
+// part is what a process is of a platform: all of it, or one of its halves.
+type part struct {
+	name  string
+	lock  dataDir // where the lock is that makes it the only one
+	start func(ctx context.Context, progress io.Writer, log *slog.Logger) (*platform, error)
+	ready func(p *platform) string // told once it serves
+}
+
+// runForeground runs a part of the platform until it is told to end.
+func runForeground(ctx context.Context, self part, opts upOptions) error {
 	if os.Geteuid() != 0 {
-		return errors.New("wrenn up makes network namespaces and cgroups and needs root: run it with sudo")
+		return fmt.Errorf("%s makes network namespaces and cgroups and needs root: run it with sudo", self.name)
 	}
 	parent := parentPipe()
 	log := newLogger(os.Stderr)
 	// net/http writes what guests and clients get wrong to the standard logger.
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
-	err := runPlatform(ctx, dir, opts, parent, log)
+	err := runPart(ctx, self, opts, parent, log)
 	if err != nil {
 		parent.fail(err)
 	}
 	return err
 }
 
-func runPlatform(ctx context.Context, dir dataDir, opts upOptions, parent *parentLink, log *slog.Logger) error {
-	lock, err := takeLock(ctx, dir)
+func runPart(ctx context.Context, part part, opts upOptions, parent *parentLink, log *slog.Logger) error {
+	lock, err := takeLock(ctx, part.lock)
 	if err != nil {
 		return err
 	}
@@ -194,7 +238,7 @@ func runPlatform(ctx context.Context, dir dataDir, opts upOptions, parent *paren
 		os.Exit(130)
 	}()
 
-	p, err := startPlatform(ctx, dir, opts, parent.progress(os.Stderr), log)
+	p, err := part.start(ctx, parent.progress(os.Stderr), log)
 	if err != nil {
 		if len(first) > 0 {
 			return errors.New("interrupted while starting; sandboxes that ran before go on")
@@ -206,7 +250,7 @@ func runPlatform(ctx context.Context, dir dataDir, opts upOptions, parent *paren
 		return errors.Join(err, p.stop(false))
 	}
 	parent.ready()
-	fmt.Fprintf(os.Stderr, "Wrenn is up at %s (data in %s). Ctrl-C ends it and its sandboxes.\n", p.apiURL, dir)
+	fmt.Fprintln(os.Stderr, part.ready(p))
 
 	select {
 	case err := <-p.ended:

@@ -71,9 +71,11 @@ type ControlPlane struct {
 	ops    operations
 	keys   keyCache
 	expiry expiry
+	ready  ready
 
 	reconcileNow chan struct{}
-	stopping     chan struct{} // closed when Run ends
+	stopping     chan struct{}  // closed when Run ends
+	background   sync.WaitGroup // what goes on when its caller has been answered
 }
 
 // New makes a control plane. It does nothing by itself until Run.
@@ -106,6 +108,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer c.background.Wait()
 	defer close(c.stopping)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { c.expire(ctx, &wg); return nil })

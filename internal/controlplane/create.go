@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -173,19 +175,37 @@ func resourcesMessage(r sandbox.Resources) *hostagent.Resources {
 }
 
 // KeepReady has the host keep sandboxes of a template ready, with the resources
-// that a request gets which names none.
-func (c *ControlPlane) KeepReady(ctx context.Context, templateID string) error {
-	tpl, err := c.cfg.Store.Templates().Get(ctx, templateID)
-	if err != nil {
-		return fmt.Errorf("look up template: %w", err)
-	}
-	res, err := c.resources(sandbox.Resources{}, tpl)
-	if err != nil {
-		return err
-	}
-	_, err = c.cfg.Agent.PrepareTemplate(ctx, &hostagent.PrepareTemplateRequest{BuildId: tpl.BuildID, Resources: resourcesMessage(res)})
-	if err != nil {
-		return agentError("prepare template", err)
+// that a request gets which names none, whenever the agent is connected to.
+func (c *ControlPlane) KeepReady(templateID string) {
+	c.ready.mu.Lock()
+	defer c.ready.mu.Unlock()
+	c.ready.templates = append(c.ready.templates, templateID)
+}
+
+// ready are the templates of which sandboxes are kept ready.
+type ready struct {
+	mu        sync.Mutex
+	templates []string
+}
+
+// prepareTemplates tells an agent that was just connected to.
+func (c *ControlPlane) prepareTemplates(ctx context.Context) error {
+	c.ready.mu.Lock()
+	templates := slices.Clone(c.ready.templates)
+	c.ready.mu.Unlock()
+	for _, id := range templates {
+		tpl, err := c.cfg.Store.Templates().Get(ctx, id)
+		if err != nil {
+			return fmt.Errorf("look up template: %w", err)
+		}
+		res, err := c.resources(sandbox.Resources{}, tpl)
+		if err != nil {
+			return err
+		}
+		_, err = c.cfg.Agent.PrepareTemplate(ctx, &hostagent.PrepareTemplateRequest{BuildId: tpl.BuildID, Resources: resourcesMessage(res)})
+		if err != nil {
+			return agentError("prepare template", err)
+		}
 	}
 	return nil
 }

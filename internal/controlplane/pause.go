@@ -60,13 +60,13 @@ func (c *ControlPlane) claimPause(ctx context.Context, b sandbox.Sandbox, memory
 	}
 	return func() error {
 		defer cancel()
-		defer done()
 		resp, err := c.cfg.Agent.PauseSandbox(ctx, &hostagent.PauseSandboxRequest{SandboxId: string(b.ID), FilesOnly: !memory})
 		if err != nil {
 			err = agentError("pause sandbox", err)
-			c.settle(ctx, b.ID, "it could not be paused: "+reasonOf(err))
+			c.settle(b.ID, "it could not be paused: "+reasonOf(err), done)
 			return err
 		}
+		defer done()
 		size := resp.GetImageBytes()
 		if err := c.boxes.Transition(ctx, b.ID, sandbox.Pausing, store.Change{State: sandbox.Paused, ImageBytes: &size, Cause: kept(memory)}); err != nil {
 			return fmt.Errorf("record sandbox as paused: %w", err)
@@ -93,16 +93,30 @@ func reasonOf(err error) string {
 
 const (
 	settleLimit = 2 * time.Minute
+	settleWait  = 3 * time.Second        // that a caller waits for it
 	settleRetry = 100 * time.Millisecond // first wait; it doubles up to settleMost
 	settleMost  = 2 * time.Second
 )
 
 // settle brings the record of a sandbox in transition to what the agent says of
 // it, after a move that came to nothing. It asks until the agent answers and is
-// through with it itself; after a long time the reconciler takes over. The caller
-// has registered the move.
-func (c *ControlPlane) settle(ctx context.Context, id sandbox.ID, cause string) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleLimit)
+// through with it itself, and calls done then, which ends the move; after a long
+// time the reconciler takes over. It returns earlier if that takes a while.
+func (c *ControlPlane) settle(id sandbox.ID, cause string, done func()) {
+	over := make(chan struct{})
+	c.background.Go(func() {
+		defer close(over)
+		defer done()
+		c.settleLoop(id, cause)
+	})
+	select {
+	case <-over:
+	case <-time.After(settleWait):
+	}
+}
+
+func (c *ControlPlane) settleLoop(id sandbox.ID, cause string) {
+	ctx, cancel := context.WithTimeout(context.Background(), settleLimit)
 	defer cancel()
 	for wait := settleRetry; ; wait = min(2*wait, settleMost) {
 		settled, err := c.settleOnce(ctx, id, cause)
@@ -143,14 +157,14 @@ func (c *ControlPlane) settleOnce(ctx context.Context, id sandbox.ID, cause stri
 }
 
 // settleInBackground is settle for what an earlier process has left.
-func (c *ControlPlane) settleInBackground(ctx context.Context, wg *sync.WaitGroup, id sandbox.ID, cause string) {
+func (c *ControlPlane) settleInBackground(wg *sync.WaitGroup, id sandbox.ID, cause string) {
 	_, done := c.ops.beginMove(id, func() {})
 	if done == nil {
 		return // somebody is at it
 	}
 	wg.Go(func() {
 		defer done()
-		c.settle(ctx, id, cause)
+		c.settleLoop(id, cause)
 	})
 }
 

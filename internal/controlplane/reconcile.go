@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net/netip"
 	"strings"
@@ -16,24 +17,25 @@ import (
 )
 
 const (
-	watchSilence = 45 * time.Second // three heartbeats missed: the stream is dead
-	watchBackoff = 5 * time.Second  // longest wait before the next try
+	watchSilence = 45 * time.Second       // three heartbeats missed: the stream is dead
+	watchBackoff = 500 * time.Millisecond // longest wait before the next try, about
 )
 
 // watch follows the agent's events until ctx is cancelled, and asks for a
 // reconciliation whenever it may have missed some.
 func (c *ControlPlane) watch(ctx context.Context, wg *sync.WaitGroup) {
-	wait := 50 * time.Millisecond
+	const first = 50 * time.Millisecond
+	wait, level := first, slog.LevelWarn
 	for ctx.Err() == nil {
-		began := time.Now()
-		err := c.follow(ctx, wg)
+		heard, err := c.follow(ctx, wg)
 		if ctx.Err() != nil {
 			return
 		}
-		if time.Since(began) > watchSilence {
-			wait = 50 * time.Millisecond
+		if heard {
+			wait, level = first, slog.LevelWarn
 		}
-		c.log.Warn("lost the host agent's event stream", "err", err, "retry_in", wait)
+		c.log.Log(ctx, level, "the host agent does not answer", "err", err)
+		level = slog.LevelDebug // said once is enough
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait/2 + rand.N(wait)):
@@ -42,18 +44,19 @@ func (c *ControlPlane) watch(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
-// follow reads one stream of events to its end.
-func (c *ControlPlane) follow(ctx context.Context, wg *sync.WaitGroup) error {
+// follow reads one stream of events to its end, and says whether there was any.
+func (c *ControlPlane) follow(ctx context.Context, wg *sync.WaitGroup) (heard bool, err error) {
 	streamCtx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	silence := time.AfterFunc(watchSilence, func() { cancel(errors.New("no heartbeat")) })
 	defer silence.Stop()
 	stream, err := c.cfg.Agent.WatchSandboxes(streamCtx, &hostagent.WatchSandboxesRequest{})
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer stream.Close()
 	for first := true; stream.Receive(); first = false {
+		heard = true
 		silence.Reset(watchSilence)
 		if first {
 			select {
@@ -66,9 +69,9 @@ func (c *ControlPlane) follow(ctx context.Context, wg *sync.WaitGroup) error {
 		}
 	}
 	if cause := context.Cause(streamCtx); cause != nil {
-		return cause
+		return heard, cause
 	}
-	return stream.Err()
+	return heard, stream.Err()
 }
 
 // onEnded records the end of a sandbox that nobody asked for.
@@ -131,6 +134,9 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 	if err != nil {
 		return err
 	}
+	if connected {
+		err = c.prepareTemplates(ctx)
+	}
 	var missing []sandbox.Sandbox
 	for _, b := range records {
 		s := have[b.ID]
@@ -146,7 +152,7 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 				err = errors.Join(err, c.giveToken(ctx, b))
 			}
 		case b.State == sandbox.Pausing || b.State == sandbox.Resuming:
-			c.settleInBackground(ctx, wg, b.ID, "the control plane was restarted meanwhile")
+			c.settleInBackground(wg, b.ID, "the control plane was restarted meanwhile")
 		case b.State == sandbox.Paused:
 		case b.State == sandbox.Stopping:
 			end := sandbox.Stopped

@@ -135,7 +135,12 @@ func (c *ControlPlane) resume(ctx context.Context, b sandbox.Sandbox, o resumpti
 		}
 		return b, errInTransition
 	}
-	defer done()
+	settling := false
+	defer func() {
+		if !settling {
+			done()
+		}
+	}()
 	err := c.boxes.Transition(ctx, b.ID, sandbox.Paused, store.Change{State: sandbox.Resuming, Cause: o.cause, AutoPause: o.autoPause})
 	if errors.Is(err, sandbox.ErrConflict) {
 		return b, errInTransition
@@ -154,7 +159,8 @@ func (c *ControlPlane) resume(ctx context.Context, b sandbox.Sandbox, o resumpti
 	resp, err := c.cfg.Agent.ResumeSandbox(ctx, req)
 	if err != nil {
 		err = agentError("resume sandbox", err)
-		c.settle(ctx, b.ID, "it could not be resumed: "+reasonOf(err))
+		settling = true
+		c.settle(b.ID, "it could not be resumed: "+reasonOf(err), done)
 		return b, err
 	}
 	b.Address, b.EnvdVersion, b.Ends = resp.GetAddress(), resp.GetEnvdVersion(), time.Now().Add(o.timeout)
