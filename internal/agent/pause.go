@@ -94,7 +94,7 @@ func (a *Agent) writeAndSeal(ctx context.Context, u *unit, dir string, m manifes
 		return im, err
 	}
 	if err := u.inst.Snapshot(ctx, runtime.Image{Dir: tmp, Kind: m.Kind}, pause); err != nil {
-		return im, errors.Join(context.Cause(ctx), err, os.RemoveAll(tmp))
+		return im, errors.Join(context.Cause(ctx), u.ended(err), err, os.RemoveAll(tmp))
 	}
 	if im, err = seal(dir, m); err != nil {
 		err = errors.Join(err, removeImage(dir))
@@ -208,7 +208,7 @@ func expect(m *managed, now sandbox.State, want []sandbox.State) error {
 		}
 	}
 	if m.torn || now == sandbox.Stopping {
-		return sandbox.Errorf(sandbox.ErrNotFound, "there is no sandbox %s", m.id)
+		return sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s ended meanwhile", m.id)
 	}
 	return sandbox.Errorf(sandbox.ErrConflict, "sandbox %s is %s", m.id, now)
 }

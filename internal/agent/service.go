@@ -91,6 +91,9 @@ func (s *service) find(id string) (*managed, error) {
 	if m := s.agent.get(sandbox.ID(id)); m != nil {
 		return m, nil
 	}
+	if ob, ok := s.agent.ended.find(sandbox.ID(id)); ok {
+		return nil, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s ended: %s", id, ob.Reason)
+	}
 	return nil, sandbox.Errorf(sandbox.ErrNotFound, "there is no sandbox %s", id)
 }
 

@@ -129,6 +129,24 @@ func (u *unit) whileAlive(ctx context.Context, f func(context.Context) error) er
 	return nil
 }
 
+// endNotice is how long after an error of an instance its end may be noticed.
+const endNotice = time.Second
+
+// ended tells in words that err came of the instance's end; nil if it did not.
+func (u *unit) ended(err error) error {
+	notice := time.NewTimer(0)
+	if errors.Is(err, sandbox.ErrNotFound) {
+		notice.Reset(endNotice)
+	}
+	defer notice.Stop()
+	select {
+	case <-u.inst.Done():
+		return sandbox.Errorf(sandbox.ErrNotFound, "the sandbox ended meanwhile: %s", u.inst.Exit().Reason)
+	case <-notice.C:
+		return nil
+	}
+}
+
 // freeUnit ends the instance and gives back what it holds. It is idempotent: when
 // a part fails the rest is freed all the same, and the next call tries again.
 func (a *Agent) freeUnit(u *unit) error {
