@@ -278,12 +278,19 @@ func (c *ControlPlane) resources(asked sandbox.Resources, tpl store.Template) (s
 	return or(asked, c.cfg.Limits.Resources), nil
 }
 
+const hostSilent = "the sandbox's host does not answer, try again later"
+
 // agentError gives an error of the host agent the kind that users are told; what
 // has no such kind stays internal.
 func agentError(what string, err error) error {
 	var e *connect.Error
 	if !errors.As(err, &e) {
 		return fmt.Errorf("%s: %w", what, err)
+	}
+	// The library has codes of its own for a broken connection, which depend on how
+	// it broke.
+	if !connect.IsWireError(err) && !errors.Is(err, context.Canceled) {
+		return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: hostSilent, Cause: err}
 	}
 	switch e.Code() {
 	case connect.CodeInvalidArgument:
@@ -296,7 +303,7 @@ func agentError(what string, err error) error {
 		// Not the caller's quota: the host is full.
 		return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "no capacity: " + e.Message()}
 	case connect.CodeUnavailable, connect.CodeDeadlineExceeded:
-		return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "the sandbox's host does not answer, try again later", Cause: err}
+		return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: hostSilent, Cause: err}
 	}
 	return fmt.Errorf("%s: %w", what, err)
 }

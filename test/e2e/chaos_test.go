@@ -164,8 +164,9 @@ func (c *chaosClient) drop(b *chaosBox) {
 }
 
 // counter is a program with a number in its memory, which it tells, one higher, in
-// a file for each question.
-const counter = `mkfifo /tmp/ask; n=0; exec 3<>/tmp/ask; while read token <&3; do n=$((n+1)); echo $n >/tmp/.a; mv /tmp/.a /tmp/answer.$token; done`
+// a file for each question. A question may be asked again: the answer to the first
+// time may have been lost on the way.
+const counter = `mkfifo /tmp/ask; n=0; exec 3<>/tmp/ask; while read token <&3; do [ -e /tmp/answer.$token ] || { n=$((n+1)); echo $n >/tmp/.a; mv /tmp/.a /tmp/answer.$token; }; done`
 
 func (c *chaosClient) create(template string) {
 	var info client.Info
@@ -248,10 +249,8 @@ func (c *chaosClient) check(b *chaosBox) {
 	b.token++
 	token := b.token
 	b.high++ // it may be asked without our seeing the answer
-	tries := 0
-	ok := c.ask(b, "ask the counter", fmt.Sprintf("[ -e /tmp/asked.%d ] || { : >/tmp/asked.%d; echo %d >/tmp/ask; }; n=0; until [ -e /tmp/answer.%d ]; do n=$((n+1)); [ $n -lt 400 ] || exit 9; sleep 0.01; done; cat /tmp/answer.%d; cat /root/file 2>/dev/null || :",
-		token, token, token, token, token), func(out string) {
-		tries++
+	ok := c.ask(b, "ask the counter", fmt.Sprintf("echo %d >/tmp/ask; n=0; until [ -e /tmp/answer.%d ]; do n=$((n+1)); [ $n -lt 400 ] || exit 9; sleep 0.02; done; cat /tmp/answer.%d; cat /root/file 2>/dev/null || :",
+		token, token, token), func(out string) {
 		number, file, _ := strings.Cut(out, "\n")
 		n, err := strconv.Atoi(number)
 		if err != nil || n <= b.low || n > b.high {
@@ -276,7 +275,7 @@ func (c *chaosClient) check(b *chaosBox) {
 func (c *chaosClient) write(b *chaosBox) {
 	text := fmt.Sprint(c.name, " ", b.token, " ", len(b.file))
 	b.file = "" // until it is known to be written
-	if c.ask(b, "write a file", "printf %s '"+text+"' >/root/.f && sync && mv /root/.f /root/file", func(string) {}) {
+	if c.ask(b, "write a file", "printf %s '"+text+"' >/root/.f$$ && mv /root/.f$$ /root/file", func(string) {}) {
 		b.file = text
 		c.done["write"]++
 	}
