@@ -30,7 +30,7 @@ PROTOC_GEN_CONNECT := v1.21.1
 export GOTOOLCHAIN := auto
 
 .DELETE_ON_ERROR:
-.PHONY: up down build packages test test-packages test-reproducible soak fuzz lint bench generate clean
+.PHONY: up down build packages chaos test test-packages test-reproducible soak fuzz lint bench generate clean
 
 up: packages build
 	@bin/wrenn up --detach --data $(DATA) --listen $(LISTEN) $(UP_FLAGS)
@@ -72,6 +72,12 @@ test-reproducible: packages
 # minutes. `make test` has a short form of it.
 soak:
 	WRENN_SOAK=full CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 60m -run '^TestSoak' ./internal/envd
+
+# Kills host agent, control plane and engines at random while eight clients use them,
+# KILLS times: half an hour. `make test` has a short form of it. SEED=… replays a run.
+KILLS ?= 300
+chaos: packages build
+	cd test/e2e && CHAOS_KILLS=$(KILLS) CHAOS_SEED=$(SEED) $(GO) test -count=1 -v -timeout 90m -run '^TestChaos$$' .
 
 # Runs every fuzz target for FUZZ_TIME.
 FUZZ_TIME ?= 30s

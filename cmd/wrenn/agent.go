@@ -40,7 +40,7 @@ sandboxes go on and the next start takes them over.`,
 				return fmt.Errorf("make agent directory: %w", err)
 			}
 			return runForeground(cmd.Context(), part{
-				name: "wrenn agent", lock: dataDir(dir.agent()),
+				name: "wrenn agent", data: dir, lock: dataDir(dir.agent()),
 				start: func(ctx context.Context, _ io.Writer, log *slog.Logger) (*platform, error) {
 					return newPlatform(dir, opts, log).startAgentAlone(ctx)
 				},

@@ -45,6 +45,17 @@ func down(ctx context.Context, data string, out io.Writer) error {
 		return fmt.Errorf("%w; its log is %s", err, dir.log())
 	}
 	defer lock.release()
+	// A host agent that is a process of its own, and that a service manager may be
+	// about to start again.
+	if err := os.MkdirAll(dir.agent(), 0o700); err != nil {
+		return fmt.Errorf("make agent directory: %w", err)
+	}
+	agentLock, wasAgent, err := stopAndLock(ctx, dataDir(dir.agent()))
+	if err != nil {
+		return err
+	}
+	defer agentLock.release()
+	was = was || wasAgent
 	// Even when one was running: it may have been the one that was killed.
 	if err := endLeftovers(ctx, dir); err != nil {
 		return fmt.Errorf("end what was left: %w", err)
@@ -57,17 +68,12 @@ func down(ctx context.Context, data string, out io.Writer) error {
 	return nil
 }
 
-// stopAndLock stops the platform of dir and takes its place. Others may be about
+// stopAndLock stops who has the lock in dir and takes its place. Others may be about
 // the same: then it waits for them. was says whether a platform was running.
 func stopAndLock(ctx context.Context, dir dataDir) (lock *instanceLock, was bool, err error) {
 	for {
 		stopped, err := stopRunning(ctx, dir, syscall.SIGINT)
 		if err != nil {
-			return nil, was, err
-		}
-		was = was || stopped
-		// A host agent that is a process of its own.
-		if stopped, err = stopRunning(ctx, dataDir(dir.agent()), syscall.SIGINT); err != nil {
 			return nil, was, err
 		}
 		was = was || stopped

@@ -41,6 +41,14 @@ func (p *platform) openAccessLog() (err error) {
 	return nil
 }
 
+// agentMetrics serves what the host agent counts, for one that is a process of its
+// own.
+func agentMetrics(a prometheus.Collector) http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(a)
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4})
+}
+
 // metrics serves what the platform counts, in Prometheus' format.
 func (p *platform) metrics() http.Handler {
 	registry := prometheus.NewRegistry()

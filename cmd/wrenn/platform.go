@@ -217,7 +217,7 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 func (p *platform) reachAgent(ctx context.Context) (hostagentconnect.HostAgentClient, error) {
 	dial := p.dir.dialAgent
 	if !p.remote {
-		lock, err := takeLock(ctx, dataDir(p.dir.agent()))
+		lock, err := takeLock(ctx, p.dir, dataDir(p.dir.agent()))
 		if err != nil {
 			return nil, err
 		}
@@ -252,6 +252,7 @@ func (p *platform) serveAgent(ctx context.Context, at net.Listener) error {
 	})
 	mux := http.NewServeMux()
 	mux.Handle(a.Handler())
+	mux.Handle("GET /metrics", agentMetrics(a))
 	rpc := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	p.run("host agent's interface", func(context.Context) error { return rpc.Serve(at) })
 	p.onStop(func(context.Context) error { return rpc.Close() })

@@ -34,7 +34,7 @@ Ctrl-C and SIGTERM end the server; the sandboxes go on.`,
 				return err
 			}
 			return runForeground(cmd.Context(), part{
-				name: "wrenn server", lock: dir,
+				name: "wrenn server", data: dir, lock: dir,
 				start: func(ctx context.Context, progress io.Writer, log *slog.Logger) (*platform, error) {
 					p := newPlatform(dir, opts, log)
 					p.remote = true

@@ -176,7 +176,7 @@ func (o *upOptions) parseAccessLog() (err error) {
 // upForeground runs the platform until it is told to end.
 func upForeground(ctx context.Context, dir dataDir, opts upOptions) error {
 	return runForeground(ctx, part{
-		name: "wrenn up", lock: dir, start: func(ctx context.Context, progress io.Writer, log *slog.Logger) (*platform, error) {
+		name: "wrenn up", data: dir, lock: dir, start: func(ctx context.Context, progress io.Writer, log *slog.Logger) (*platform, error) {
 			return startPlatform(ctx, dir, opts, progress, log)
 		},
 		ready: func(p *platform) string {
@@ -188,6 +188,7 @@ func upForeground(ctx context.Context, dir dataDir, opts upOptions) error {
 // part is what a process is of a platform: all of it, or one of its halves.
 type part struct {
 	name  string
+	data  dataDir
 	lock  dataDir // where the lock is that makes it the only one
 	start func(ctx context.Context, progress io.Writer, log *slog.Logger) (*platform, error)
 	ready func(p *platform) string // told once it serves
@@ -211,7 +212,7 @@ func runForeground(ctx context.Context, self part, opts upOptions) error {
 }
 
 func runPart(ctx context.Context, part part, opts upOptions, parent *parentLink, log *slog.Logger) error {
-	lock, err := takeLock(ctx, part.lock)
+	lock, err := takeLock(ctx, part.data, part.lock)
 	if err != nil {
 		return err
 	}
@@ -262,20 +263,20 @@ func runPart(ctx context.Context, part part, opts upOptions, parent *parentLink,
 	}
 }
 
-// takeLock takes the lock of dir, unless a platform has it: a `wrenn down` that
+// takeLock takes a lock of the data directory, unless somebody has it: a `wrenn down` that
 // is cleaning up lets go of it in a moment.
-func takeLock(ctx context.Context, dir dataDir) (*instanceLock, error) {
+func takeLock(ctx context.Context, data, lockDir dataDir) (*instanceLock, error) {
 	for {
-		lock, err := acquireLock(dir)
+		lock, err := acquireLock(lockDir)
 		if !errors.Is(err, errLocked) {
 			return lock, err
 		}
-		_, running, err := findRunning(ctx, dir)
+		r, running, err := findRunning(ctx, lockDir)
 		if err != nil {
 			return nil, err
 		}
 		if running {
-			return nil, fmt.Errorf("a platform is running on %s already: stop it with `wrenn down --data %s`, or choose another directory with --data", dir, dir)
+			return nil, fmt.Errorf("process %d is running on %s already: stop it with `wrenn down --data %s`, or choose another directory with --data", r.PID, data, data)
 		}
 	}
 }

@@ -93,14 +93,20 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 		reason = "its image is gone"
 	case sandbox.Stopping:
 		end, reason = sandbox.Stopped, "it was killed"
+		if rec.Reason != "" {
+			end, reason = rec.End, rec.Reason
+		}
 	}
 	if err := a.cfg.Runtime.Discard(ctx, rec.ID, nil); err != nil { // of a version that had no instances
 		return nil, err
 	}
+	ob := obituary{ID: rec.ID, State: end, Reason: reason, Time: time.Now()}
+	a.journalEnd(ob)
 	if err := os.RemoveAll(m.dir); err != nil {
 		return nil, err
 	}
-	a.ended.add(obituary{ID: rec.ID, State: end, Reason: reason, Time: time.Now(), Logs: m.finalLogs(end, reason)}, false)
+	ob.Logs = m.finalLogs(end, reason)
+	a.ended.add(ob, false)
 	a.log.Info("freed what a dead sandbox left", "sandbox", rec.ID, "was", rec.State, "reason", reason)
 	return nil, nil
 }

@@ -73,10 +73,13 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	a.data = proxy.New(proxy.Config{Resolver: guests{a}, Hop: true, Log: a.log})
 	a.pool = newPool(a, cfg.Pool)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
-	for _, dir := range []string{a.sandboxesDir(), a.instancesDir(), a.imagesDir(), a.pool.dir()} {
+	for _, dir := range []string{a.sandboxesDir(), a.instancesDir(), a.imagesDir(), a.endedDir(), a.pool.dir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make agent directory: %w", err)
 		}
+	}
+	if err := a.ended.load(a.endedDir()); err != nil {
+		return nil, err
 	}
 	adopted, err := a.adoptAll(ctx)
 	if err != nil {

@@ -147,7 +147,7 @@ func (a *Agent) teardown(m *managed, end sandbox.State, reason string, announce 
 	if m.torn {
 		return nil
 	}
-	if err := m.setState(sandbox.Stopping); err != nil {
+	if err := m.setState(sandbox.Stopping, func(r *record) { r.End, r.Reason = end, reason }); err != nil {
 		// A full disk must not keep a sandbox alive: the journal then says
 		// running, and the next agent finds it dead and frees the same things.
 		a.log.Warn("journal sandbox as stopping", "sandbox", m.id, "err", err)
@@ -158,14 +158,14 @@ func (a *Agent) teardown(m *managed, end sandbox.State, reason string, announce 
 			return err
 		}
 	}
+	ob := obituary{ID: m.id, State: end, Reason: reason, Time: time.Now()}
+	a.journalEnd(ob)
 	if err := os.RemoveAll(m.dir); err != nil {
 		return err
 	}
 	m.torn = true
-	a.ended.add(obituary{
-		ID: m.id, State: end, Reason: reason, Time: time.Now(),
-		Logs: m.finalLogs(end, reason),
-	}, announce)
+	ob.Logs = m.finalLogs(end, reason)
+	a.ended.add(ob, announce)
 	a.remove(m)
 	close(m.gone)
 	// The control plane, which knows why, tells the operator.

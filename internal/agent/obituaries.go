@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"os"
 	"sync"
 	"time"
 
@@ -10,11 +11,11 @@ import (
 
 // obituary is what is remembered of a sandbox that has ended.
 type obituary struct {
-	ID     sandbox.ID
-	State  sandbox.State // Stopped or Failed
-	Reason string
-	Time   time.Time
-	Logs   []guest.LogEntry // nil once they had to give way to younger ones
+	ID     sandbox.ID       `json:"id"`
+	State  sandbox.State    `json:"state"` // Stopped or Failed
+	Reason string           `json:"reason"`
+	Time   time.Time        `json:"time"`
+	Logs   []guest.LogEntry `json:"-"` // nil once they had to give way to younger ones
 }
 
 func (ob obituary) logBytes() (n int) {
@@ -34,6 +35,8 @@ const (
 // obituaries remembers the sandboxes that ended lately and tells watchers of
 // those whose end nobody asked for.
 type obituaries struct {
+	dir string // where they are journaled; set by load
+
 	mu       sync.Mutex
 	order    []obituary // oldest first
 	logBytes int        // of all in order
@@ -53,6 +56,9 @@ func (o *obituaries) add(ob obituary, announce bool) {
 	}
 	for _, old := range o.order[:drop] {
 		o.logBytes -= old.logBytes()
+		if o.dir != "" {
+			_ = os.Remove(endedFile(o.dir, old.ID)) // the next load tries again
+		}
 	}
 	o.order = append(o.order[drop:], ob)
 	o.logBytes += ob.logBytes()

@@ -31,6 +31,10 @@ type record struct {
 	Created        time.Time         `json:"created"`
 	Changed        time.Time         `json:"changed"`
 
+	// How a sandbox ends that is Stopping.
+	End    sandbox.State `json:"end,omitempty"`
+	Reason string        `json:"reason,omitempty"`
+
 	// Of the instance that it runs in.
 	Instance     sandbox.ID      `json:"instance,omitempty"`
 	Slot         int             `json:"slot"`

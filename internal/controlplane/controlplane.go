@@ -58,7 +58,7 @@ const (
 	endLimit      = time.Minute     // for the agent to tear one down
 	recordsKept   = 24 * time.Hour  // how long the record of an ended sandbox is kept
 	eventsKept    = 30 * 24 * time.Hour
-	reconcileGap  = 30 * time.Second // between looks for what an outage left undone
+	reconcileGap  = 5 * time.Second // between looks for what an outage left undone
 	purgeInterval = time.Hour
 )
 

@@ -146,6 +146,8 @@ func (c *ControlPlane) reconcile(ctx context.Context, wg *sync.WaitGroup, connec
 			missing = append(missing, b)
 		case keptByHost(b.State) && sandbox.State(s.GetState()).Final():
 			err = errors.Join(err, ignoreLost(c.fail(ctx, b.ID, b.State, endReason(s), s.GetChangedAt().AsTime())))
+		case differs(b, s):
+			c.alignInBackground(ctx, wg, b.ID)
 		case b.State == sandbox.Running:
 			c.follows(b, s)
 			if connected {
