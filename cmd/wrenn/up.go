@@ -88,24 +88,24 @@ Python in a new sandbox, and returns.`,
 }
 
 // addServerFlags are those of the control plane and the data plane.
-func (opts *upOptions) addServerFlags(f *pflag.FlagSet) {
-	f.StringVar(&opts.Listen, "listen", defaultListen, "address of the API and the data plane, plain HTTP")
-	f.StringVar(&opts.Domain, "domain", "", "domain of the data plane: ports are at {port}-{id}.DOMAIN, the API at api.DOMAIN (default wrenn.localhost with the port of --listen)")
-	opts.addTLSFlags(f)
-	f.BoolVar(&opts.NoHostCAs, "no-host-cas", false, "do not trust, inside sandboxes, the certificate authorities added to this host")
-	f.IntVar(&opts.TeamSandboxes, "team-sandboxes", 0, "sandboxes that one team may have running at once (default any number)")
-	f.Int64Var(&opts.TeamImages, "team-images", 0, "room on the disk in MiB for one team's snapshots and paused sandboxes (default any)")
-	f.IntVar(&opts.Connections, "connections-per-sandbox", proxy.DefaultLimit, "requests and WebSockets open at once to the applications of one sandbox")
-	f.StringVar(&opts.AccessLog, "access-log", "", "file for the access log of the data plane, - for standard output, or off (default DIR/log/access.log)")
+func (o *upOptions) addServerFlags(f *pflag.FlagSet) {
+	f.StringVar(&o.Listen, "listen", defaultListen, "address of the API and the data plane, plain HTTP")
+	f.StringVar(&o.Domain, "domain", "", "domain of the data plane: ports are at {port}-{id}.DOMAIN, the API at api.DOMAIN (default wrenn.localhost with the port of --listen)")
+	o.addTLSFlags(f)
+	f.BoolVar(&o.NoHostCAs, "no-host-cas", false, "do not trust, inside sandboxes, the certificate authorities added to this host")
+	f.IntVar(&o.TeamSandboxes, "team-sandboxes", 0, "sandboxes that one team may have running at once (default any number)")
+	f.Int64Var(&o.TeamImages, "team-images", 0, "room on the disk in MiB for one team's snapshots and paused sandboxes (default any)")
+	f.IntVar(&o.Connections, "connections-per-sandbox", proxy.DefaultLimit, "requests and WebSockets open at once to the applications of one sandbox")
+	f.StringVar(&o.AccessLog, "access-log", "", "file for the access log of the data plane, - for standard output, or off (default DIR/log/access.log)")
 }
 
 // addAgentFlags are those of the host agent.
-func (opts *upOptions) addAgentFlags(f *pflag.FlagSet, cidr *string, allow *[]string, dns *string) {
+func (o *upOptions) addAgentFlags(f *pflag.FlagSet, cidr *string, allow *[]string, dns *string) {
 	f.StringVar(cidr, "network-cidr", "", "address range for sandbox networks (default: the first of a few that meets no route of this host)")
 	f.StringSliceVar(allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
 	f.StringVar(dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
-	f.IntVar(&opts.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
-	f.Int64Var(&opts.PoolMemory, "pool-memory", 512, "memory in MiB for sandboxes that are kept ready before anybody asks; 0 keeps none")
+	f.IntVar(&o.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
+	f.Int64Var(&o.PoolMemory, "pool-memory", 512, "memory in MiB for sandboxes that are kept ready before anybody asks; 0 keeps none")
 }
 
 func (o *upOptions) parse(cidr string, allow []string, dns string) error {
