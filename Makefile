@@ -80,13 +80,6 @@ KILLS ?= 300
 chaos: packages build
 	cd test/e2e && CHAOS_KILLS=$(KILLS) CHAOS_SEED=$(SEED) $(GO) test -count=1 -v -timeout 90m -run '^TestChaos$$' .
 
-# Kills host agent, control plane and sandbox kernels at random, KILLS times, while
-# eight clients use the platform: about a quarter of an hour. SEED=N replays one that
-# was printed. `make test` has a short form of it.
-KILLS ?= 300
-chaos: build
-	CHAOS_SEED=$(SEED) CHAOS_KILLS=$(KILLS) $(GO) test -count=1 -v -timeout 60m -run '^TestChaos$$' ./test/e2e
-
 # Runs every fuzz target for FUZZ_TIME.
 FUZZ_TIME ?= 30s
 fuzz:
