@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -38,7 +40,6 @@ type chaosClient struct {
 	rng   *rand.Rand
 	boxes []*chaosBox
 	done  map[string]int // operations, by name
-	slow  time.Duration  // longest time until the truth was told of a killed engine
 }
 
 const chaosClients = 8
@@ -81,15 +82,15 @@ func TestChaos(t *testing.T) {
 	done := h.kill(t.Context(), rand.New(rand.NewPCG(seed, 0)), n)
 	stop.Store(true)
 	clients.Wait()
-	operations, slow := map[string]int{}, time.Duration(0)
+	h.watchers.Wait()
+	operations := map[string]int{}
 	for _, c := range all {
 		for name, n := range c.done {
 			operations[name] += n
 		}
-		slow = max(slow, c.slow)
 	}
 	t.Logf("%v: killed %d agents, %d servers, %d engines; operations: %v; the end of an engine was told within %v",
-		time.Since(began).Round(time.Second), done.agent, done.server, done.engine, operations, slow.Round(time.Millisecond))
+		time.Since(began).Round(time.Second), done.agent, done.server, done.engine, operations, h.slowest.Round(time.Millisecond))
 	fmt.Printf("chaos: killed %+v in %v, operations %v\n", done, time.Since(began).Round(time.Second), operations)
 	if t.Failed() {
 		return
@@ -451,7 +452,39 @@ func (h *halves) nothingStays() {
 		}
 		return nil
 	})
+	if n := h.goroutines(); n > 200 {
+		t.Errorf("the server has %d goroutines", n)
+	}
 	if fds := matches("", fmt.Sprintf("/proc/%d/fd/*", h.processes["server"].Process.Pid)); len(fds) > 300 {
 		t.Errorf("the server has %d files open", len(fds))
 	}
+	// What waits in the pool goes with the agent, and then there has to be nothing.
+	h.end("server", syscall.SIGTERM)
+	h.end("agent", syscall.SIGTERM)
+	left := append(leftovers(t, h.dir), matches("instance", filepath.Join(h.dir, "agent", "instances", "*"))...)
+	left = append(left, matches("half-written", filepath.Join(h.dir, "agent", "*", ".*"))...)
+	if len(left) > 0 {
+		t.Errorf("left of a platform without sandboxes that was stopped:\n%s", strings.Join(left, "\n"))
+	}
+}
+
+// goroutines is how many the server has.
+func (h *halves) goroutines() int {
+	resp, err := http.Get("http://" + h.listen + "/metrics")
+	if err != nil {
+		h.t.Error(err)
+		return 0
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		h.t.Error(err)
+	}
+	_, rest, _ := strings.Cut(string(body), "\ngo_goroutines ")
+	line, _, _ := strings.Cut(rest, "\n")
+	n, err := strconv.Atoi(line)
+	if err != nil {
+		h.t.Errorf("goroutines of the server: %v", err)
+	}
+	return n
 }

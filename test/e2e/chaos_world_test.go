@@ -31,6 +31,9 @@ type halves struct {
 	processes map[string]*exec.Cmd
 	disturbed time.Time // when the last of what was killed was there again
 	boxes     map[string]*chaosBox
+	slowest   time.Duration // until the end of a killed engine was told, of a platform that was whole
+
+	watchers sync.WaitGroup
 }
 
 func newHalves(t *testing.T) *halves {
@@ -181,20 +184,56 @@ func (h *halves) killEngine(which int) bool {
 	slices.Sort(ids)
 	for i := range ids {
 		b := h.boxes[ids[(which+i)%len(ids)]]
-		data, err := os.ReadFile(filepath.Join(h.dir, "agent", "sandboxes", b.id, "record.json"))
-		var record struct {
-			RuntimeState struct{ Engine struct{ PID int } } `json:"runtime_state"`
-		}
-		if err != nil || json.Unmarshal(data, &record) != nil || record.RuntimeState.Engine.PID < 2 {
+		pid := h.engineOf(b.id)
+		if pid == 0 {
 			continue
 		}
 		b.killed = time.Now()
-		if syscall.Kill(record.RuntimeState.Engine.PID, syscall.SIGKILL) == nil {
+		if syscall.Kill(pid, syscall.SIGKILL) == nil {
 			h.disturbed = time.Now()
+			h.watchers.Go(func() { h.mustTell(b.id, pid) })
 			return true
 		}
 	}
 	return false
+}
+
+// engineOf is the process that a sandbox runs in by the agent's journal, 0 for none.
+func (h *halves) engineOf(id string) int {
+	data, err := os.ReadFile(filepath.Join(h.dir, "agent", "sandboxes", id, "record.json"))
+	var record struct {
+		RuntimeState struct{ Engine struct{ PID int } } `json:"runtime_state"`
+	}
+	if err != nil || json.Unmarshal(data, &record) != nil || record.RuntimeState.Engine.PID < 2 {
+		return 0
+	}
+	return record.RuntimeState.Engine.PID
+}
+
+// truthLimit is how long a platform that is whole may take to tell the truth.
+const truthLimit = 5 * time.Second
+
+// mustTell looks whether the end of the engine with that pid is told in time: the
+// sandbox is gone then, or paused, or runs in another.
+func (h *halves) mustTell(id string, pid int) {
+	for began := time.Now(); h.t.Context().Err() == nil; time.Sleep(50 * time.Millisecond) {
+		took := min(time.Since(began), h.calm())
+		ctx, cancel := context.WithTimeout(h.t.Context(), truthLimit)
+		info, err := h.client.Get(ctx, id)
+		cancel()
+		switch {
+		case err != nil && passing(err):
+		case err != nil || info.State != "running" || h.engineOf(id) != pid:
+			h.mu.Lock()
+			h.slowest = max(h.slowest, took)
+			h.mu.Unlock()
+			return
+		}
+		if took > truthLimit {
+			h.t.Errorf("sandbox %s: %v after its engine was killed it is told as %q, %v", id, took, info.State, err)
+			return
+		}
+	}
 }
 
 // killedAt is when a sandbox's engine was killed; zero if it was not.
