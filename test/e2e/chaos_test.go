@@ -166,8 +166,9 @@ func (c *chaosClient) drop(b *chaosBox) {
 
 // counter is a program with a number in its memory, which it tells, one higher, in
 // a file for each question. A question may be asked again: the answer to the first
-// time may have been lost on the way.
-const counter = `mkfifo /tmp/ask; n=0; exec 3<>/tmp/ask; while read token <&3; do [ -e /tmp/answer.$token ] || { n=$((n+1)); echo $n >/tmp/.a; mv /tmp/.a /tmp/answer.$token; }; done`
+// time may have been lost on the way. So may the answer to its start: a second one
+// ends itself.
+const counter = `mkfifo /tmp/ask 2>/dev/null || exit; n=0; exec 3<>/tmp/ask; while read token <&3; do [ -e /tmp/answer.$token ] || { n=$((n+1)); echo $n >/tmp/.a; mv /tmp/.a /tmp/answer.$token; }; done`
 
 func (c *chaosClient) create(template string) {
 	var info client.Info
