@@ -31,7 +31,7 @@ PROTOC_GEN_CONNECT := v1.21.1
 export GOTOOLCHAIN := auto
 
 .DELETE_ON_ERROR:
-.PHONY: up down build packages chaos test test-packages test-reproducible soak chaos fuzz lint bench generate clean
+.PHONY: up down build packages test test-packages test-reproducible soak chaos fuzz lint bench generate clean
 
 up: packages build
 	@bin/wrenn up --detach --data $(DATA) --listen $(LISTEN) $(UP_FLAGS)
