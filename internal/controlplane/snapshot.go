@@ -200,7 +200,7 @@ func (c *ControlPlane) ownName(ctx context.Context, teamID, ref string) (string,
 
 // imageGrace is how old an image has to be before it can be garbage: a control
 // plane writes an image's record before it asks for the image.
-const imageGrace = time.Minute
+const imageGrace = 15 * time.Second
 
 // collectImages finishes what a crash has left of snapshots: those half-made or
 // half-deleted, and images that no record names.

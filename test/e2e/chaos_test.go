@@ -447,7 +447,7 @@ func (h *halves) nothingStays() {
 		}
 		return nil
 	})
-	eventually(t, 2*time.Minute, "no image is left", func() error { // what no record names is kept for a minute
+	eventually(t, 2*time.Minute, "no image is left", func() error { // what no record names is kept for a while
 		if dirs := matches("", filepath.Join(h.dir, "agent", "images", "*")); len(dirs) > 0 {
 			return fmt.Errorf("%v", dirs)
 		}
@@ -471,7 +471,13 @@ func (h *halves) nothingStays() {
 
 // goroutines is how many the server has.
 func (h *halves) goroutines() int {
-	resp, err := http.Get("http://" + h.listen + "/metrics")
+	req, err := http.NewRequest("GET", "http://"+h.listen+"/metrics", nil)
+	if err != nil {
+		h.t.Error(err)
+		return 0
+	}
+	req.Header.Set("X-API-Key", h.key)
+	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		h.t.Error(err)
 		return 0

@@ -25,6 +25,7 @@ type halves struct {
 	t      testing.TB
 	dir    string
 	listen string
+	key    string
 	client *client.Client
 
 	mu        sync.Mutex
@@ -61,6 +62,7 @@ func newHalves(t *testing.T) *halves {
 		creds, err = client.LoadCredentials(filepath.Join(h.dir, "credentials.json"))
 		return err
 	})
+	h.key = creds.APIKey
 	var err error
 	h.client, err = client.New(client.Config{APIURL: creds.APIURL, SandboxURL: creds.SandboxURL, APIKey: creds.APIKey})
 	if err != nil {
