@@ -48,11 +48,12 @@ func newHalves(t *testing.T) *halves {
 		for _, name := range []string{"server", "agent"} {
 			h.end(name, syscall.SIGTERM)
 		}
-		if t.Failed() {
-			for _, name := range []string{"server", "agent"} {
+		for _, name := range []string{"server", "agent"} {
+			if t.Failed() {
 				text, _ := os.ReadFile(h.logFile(name))
 				t.Logf("log of the %s:\n%s", name, text[max(0, len(text)-20_000):])
 			}
+			os.Remove(h.logFile(name))
 		}
 	})
 	h.start("agent")
