@@ -61,20 +61,20 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 		inst, err := a.cfg.Runtime.Adopt(ctx, rec.Instance, rec.RuntimeState)
 		switch {
 		case err == nil:
-			u.inst = inst
-			if err := inst.Resume(ctx); err != nil { // it may have been frozen, to be paused
+			u.inst, m.unit = inst, u
+			if rec.State == sandbox.Pausing {
+				return m, nil // see goOn
+			}
+			// A snapshot may have frozen it.
+			if err := inst.Resume(ctx); err != nil {
 				a.log.Warn("sandbox does not go on", "sandbox", rec.ID, "err", err)
-				reason = "it did not go on after the host agent was restarted while it was being paused"
+				m.unit, reason = nil, "it did not go on after the host agent was restarted"
 				if err := inst.Stop(ctx); err != nil {
 					return nil, err
 				}
 				break
 			}
-			m.unit = u
-			if rec.State == sandbox.Pausing {
-				err = m.setState(sandbox.Running)
-			}
-			return m, errors.Join(err, removeImage(m.imageDir()))
+			return m, removeImage(m.imageDir())
 		case errors.Is(err, sandbox.ErrNotFound):
 			reason = "the sandbox ended while the host agent was down"
 			if rec.State == sandbox.Pausing && a.wasPaused(m) {
@@ -177,8 +177,52 @@ func (a *Agent) takeOver(m *managed) {
 		}
 		return
 	}
-	m.unit.slot, m.unit.guest = slot, guest.NewClient(slot.HostAddr, "")
-	m.serving(m.unit)
-	a.wg.Go(func() { a.monitor(m, m.unit) })
+	u := m.unit
+	u.slot, u.guest = slot, guest.NewClient(slot.HostAddr, "")
+	a.wg.Go(func() { a.monitor(m, u) })
+	if m.rec.State == sandbox.Pausing {
+		a.wg.Go(func() { a.goOn(m, u) })
+		return
+	}
+	m.serving(u)
 	a.log.Info("took over running sandbox", "sandbox", m.id, "slot", slot.Index)
+}
+
+// goOn undoes the pause of an adopted sandbox that did not get to its end. The
+// engine may still be writing the image, which takes as long as it takes: nobody
+// else waits for that.
+func (a *Agent) goOn(m *managed, u *unit) {
+	ctx, cancel := context.WithTimeout(a.ctx, imageLimit)
+	defer cancel()
+	m.life.Lock()
+	defer m.life.Unlock()
+	if rec, _, _ := m.status(); rec.State != sandbox.Pausing || m.begin(cancel) != nil {
+		return // it is gone, or going
+	}
+	err := u.inst.Resume(ctx)
+	if err == nil {
+		if err := errors.Join(m.setState(sandbox.Running), removeImage(m.imageDir())); err != nil {
+			a.log.Warn("undo pause that was cut off", "sandbox", m.id, "err", err) // the next agent comes to the same
+		}
+		m.serving(u)
+		a.log.Info("took over running sandbox", "sandbox", m.id, "slot", u.slot.Index, "was", sandbox.Pausing)
+		return
+	}
+	select {
+	case <-u.inst.Done(): // the monitor tells why
+		return
+	default:
+	}
+	if a.ctx.Err() != nil || m.begin(func() {}) != nil {
+		return // for the next agent, or for who stops it
+	}
+	a.log.Warn("sandbox does not go on", "sandbox", m.id, "err", err)
+	if a.wasPaused(m) { // its image is whole, and it has done nothing since
+		m.unit = nil
+		a.release(u)
+		return
+	}
+	if err := a.teardown(m, sandbox.Failed, "it did not go on after the host agent was restarted while it was being paused", true); err != nil {
+		a.log.Error("free sandbox", "sandbox", m.id, "err", err)
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -293,7 +294,7 @@ func TestWhatWasCutOffByTheAgentsDeathIsFinishedOrUndone(t *testing.T) {
 	var now map[string]*hostagent.SandboxStatus
 	await(t, "the end of the killed one is noticed", func() bool {
 		now = states(t, c)
-		return sandbox.State(now[lost].GetState()).Final()
+		return sandbox.State(now[lost].GetState()).Final() && now[pausing].GetState() != string(sandbox.Pausing)
 	})
 	for id, want := range map[string]sandbox.State{
 		pausing: sandbox.Running, resuming: sandbox.Paused, written: sandbox.Paused, lost: sandbox.Failed, imageless: sandbox.Failed,
@@ -315,6 +316,60 @@ func TestWhatWasCutOffByTheAgentsDeathIsFinishedOrUndone(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.clean(t)
+}
+
+func TestAnEngineThatIsStillWritingHoldsUpItsOwnSandboxOnly(t *testing.T) {
+	h := newHost(t)
+	first, c := h.open(t)
+	slow, g := sandboxOf(t, c)
+	g.write(t, "/root/file", "kept")
+	stopped, _ := sandboxOf(t, c)
+	other, _ := sandboxOf(t, c)
+	if err := first.Detach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{slow, stopped} { // an engine that does not answer is as one that writes
+		var instance string
+		h.changeRecord(t, id, func(r map[string]any) {
+			r["state"], instance = "pausing", r["instance"].(string)
+		})
+		if err := os.WriteFile(filepath.Join(h.dir, "agent", "instances", instance, "paused"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		h.signalEngine(t, id, syscall.SIGSTOP)
+	}
+
+	second, c := h.open(t)
+	now := states(t, c)
+	for id, want := range map[string]sandbox.State{slow: sandbox.Pausing, stopped: sandbox.Pausing, other: sandbox.Running} {
+		if got := now[id].GetState(); got != string(want) {
+			t.Errorf("%s is %s, want %s", id, got, want)
+		}
+	}
+	if _, err := c.StopSandbox(t.Context(), &hostagent.StopSandboxRequest{SandboxId: stopped}); err != nil {
+		t.Error(err)
+	}
+	h.signalEngine(t, slow, syscall.SIGCONT)
+	await(t, "it goes on", func() bool {
+		now = states(t, c)
+		return now[slow].GetState() == string(sandbox.Running)
+	})
+	guestAt{now[slow].GetAddress(), "secret"}.has(t, "/root/file", "kept")
+	if err := second.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.clean(t)
+}
+
+// signalEngine signals the sandbox kernel of a sandbox.
+func (h *host) signalEngine(t *testing.T, id string, sig syscall.Signal) {
+	t.Helper()
+	h.changeRecord(t, id, func(r map[string]any) {
+		pid := r["runtime_state"].(map[string]any)["engine"].(map[string]any)["pid"].(float64)
+		if err := syscall.Kill(int(pid), sig); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 func (h *host) changeRecord(t *testing.T, id string, change func(map[string]any)) {
