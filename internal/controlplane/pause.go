@@ -66,11 +66,12 @@ func (c *ControlPlane) claimPause(ctx context.Context, b sandbox.Sandbox, memory
 			c.settle(b.ID, "it could not be paused: "+reasonOf(err), done)
 			return err
 		}
-		defer done()
 		size := resp.GetImageBytes()
 		if err := c.boxes.Transition(ctx, b.ID, sandbox.Pausing, store.Change{State: sandbox.Paused, ImageBytes: &size, Cause: kept(memory)}); err != nil {
+			c.settleUnrecorded(b.ID, kept(memory), err, done)
 			return fmt.Errorf("record sandbox as paused: %w", err)
 		}
+		done()
 		c.log.Info("sandbox paused", "sandbox", b.ID, "memory", memory)
 		return nil
 	}, nil
@@ -113,6 +114,17 @@ func (c *ControlPlane) settle(id sandbox.ID, cause string, done func()) {
 	case <-over:
 	case <-time.After(settleWait):
 	}
+}
+
+// settleUnrecorded is settle for a move that the agent has made and whose record
+// failed with err. Where that has gone another way, by a kill, there is nothing to
+// settle.
+func (c *ControlPlane) settleUnrecorded(id sandbox.ID, cause string, err error, done func()) {
+	if ignoreLost(err) == nil {
+		done()
+		return
+	}
+	c.settle(id, cause, done)
 }
 
 func (c *ControlPlane) settleLoop(id sandbox.ID, cause string) {
@@ -189,13 +201,19 @@ func (c *ControlPlane) settleAs(ctx context.Context, b sandbox.Sandbox, s *hosta
 		if err := c.giveToken(ctx, b); err != nil {
 			return err
 		}
-		return c.nowRunning(ctx, b, store.Change{Address: s.GetAddress(), Ends: ends, Cause: cause})
+		return c.nowRunning(ctx, b, store.Change{Address: s.GetAddress(), Ends: ends, Cause: cause, ImageBytes: new(int64)})
 	case state == sandbox.Paused:
 		change := store.Change{State: sandbox.Paused, Cause: cause}
 		if size := s.GetImageBytes(); size > 0 {
 			change.ImageBytes = &size
 		}
-		return c.boxes.Transition(ctx, b.ID, b.State, change)
+		if err := c.boxes.Transition(ctx, b.ID, b.State, change); err != nil {
+			return err
+		}
+		if wakes(b) { // it may have been taken for running in between
+			c.sleep(b)
+		}
+		return nil
 	}
 	return nil // the agent is at it
 }

@@ -170,6 +170,8 @@ func (c *ControlPlane) resume(ctx context.Context, b sandbox.Sandbox, o resumpti
 	}
 	err = c.nowRunning(ctx, b, store.Change{Address: b.Address, EnvdVersion: b.EnvdVersion, Ends: b.Ends, Cause: cause, ImageBytes: new(int64)})
 	if err != nil {
+		settling = true
+		c.settleUnrecorded(b.ID, cause, err, done)
 		return b, fmt.Errorf("record sandbox as running: %w", err)
 	}
 	b.State = sandbox.Running

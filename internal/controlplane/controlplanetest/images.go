@@ -41,6 +41,9 @@ func (a *Agent) move(ctx context.Context, id string, from, to sandbox.State, hoo
 		return connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
 	}
 	a.boxes[id] = &hostagent.SandboxStatus{SandboxId: id, State: string(to), Address: s.Address, ChangedAt: timestamppb.Now()}
+	if to == sandbox.Paused {
+		a.boxes[id].ImageBytes = imageBytes
+	}
 	return nil
 }
 
