@@ -179,12 +179,15 @@ func (a *Agent) takeOver(m *managed) {
 	}
 	u := m.unit
 	u.slot, u.guest = slot, guest.NewClient(slot.HostAddr, "")
+	pausing := m.rec.State == sandbox.Pausing // before others know of it
+	if !pausing {
+		m.serving(u)
+	}
 	a.wg.Go(func() { a.monitor(m, u) })
-	if m.rec.State == sandbox.Pausing {
+	if pausing {
 		a.wg.Go(func() { a.goOn(m, u) })
 		return
 	}
-	m.serving(u)
 	a.log.Info("took over running sandbox", "sandbox", m.id, "slot", slot.Index)
 }
 
