@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -46,7 +45,7 @@ func (a *Agent) adoptAll(ctx context.Context) ([]*managed, error) {
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	return adopted, a.discardStrays(ctx, adopted)
+	return adopted, a.discardStrays(adopted)
 }
 
 // adopt takes over one sandbox, or frees it and returns nil.
@@ -70,7 +69,7 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 				a.log.Warn("sandbox does not go on", "sandbox", rec.ID, "err", err)
 				m.unit, reason = nil, "it did not go on after the host agent was restarted"
 				if err := inst.Stop(ctx); err != nil {
-					return nil, err
+					a.log.Error("stop sandbox", "sandbox", rec.ID, "err", err) // from now on it is a stray
 				}
 				break
 			}
@@ -129,8 +128,10 @@ func (a *Agent) wasPaused(m *managed) bool {
 }
 
 // discardStrays frees every instance that no sandbox runs in: of the pool, of what
-// was being started or freed when the agent was killed.
-func (a *Agent) discardStrays(ctx context.Context, adopted []*managed) error {
+// was being started or freed when the agent was killed. One that cannot be freed
+// just now is tried again in the background: it must not keep the others from
+// whoever they belong to.
+func (a *Agent) discardStrays(adopted []*managed) error {
 	used := make(map[sandbox.ID]bool, len(adopted))
 	for _, m := range adopted {
 		if m.unit != nil {
@@ -148,11 +149,13 @@ func (a *Agent) discardStrays(ctx context.Context, adopted []*managed) error {
 		if err != nil || used[id] {
 			continue
 		}
+		u := &unit{id: id, dir: a.instanceDir(id)}
 		g.Go(func() error {
-			if err := a.cfg.Runtime.Discard(ctx, id, nil); err != nil {
-				return err
+			if err := a.freeUnit(u); err != nil {
+				a.log.Error("free what a killed agent left", "instance", id, "err", err)
+				a.release(u)
 			}
-			return os.RemoveAll(filepath.Join(a.instancesDir(), e.Name()))
+			return nil
 		})
 	}
 	return g.Wait()

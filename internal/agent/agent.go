@@ -63,7 +63,7 @@ const teardownRetry = time.Second
 
 // Open takes over the sandboxes that an earlier agent with this directory left
 // running, frees those that it left half-made, and starts.
-func Open(ctx context.Context, cfg Config) (*Agent, error) {
+func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	a := &Agent{
 		cfg:       cfg,
 		log:       cfg.Log,
@@ -73,6 +73,12 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	a.data = proxy.New(proxy.Config{Resolver: guests{a}, Hop: true, Log: a.log})
 	a.pool = newPool(a, cfg.Pool)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			a.cancel()
+			a.freeing.Wait()
+		}
+	}()
 	for _, dir := range []string{a.sandboxesDir(), a.instancesDir(), a.imagesDir(), a.endedDir(), a.pool.dir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make agent directory: %w", err)

@@ -98,6 +98,48 @@ func TestWhenEveryAddressIsTakenCreatesSayWhatToDo(t *testing.T) {
 	h.clean(t)
 }
 
+// busy is a runtime that cannot discard anything at the first try.
+type busy struct {
+	runtime.Runtime
+	asked atomic.Bool
+}
+
+func (b *busy) Discard(ctx context.Context, id sandbox.ID, state json.RawMessage) error {
+	if !b.asked.Swap(true) {
+		return errors.New("device or resource busy")
+	}
+	return b.Runtime.Discard(ctx, id, state)
+}
+
+func TestWhatCannotBeFreedAtTheStartKeepsNoSandboxFromItsOwner(t *testing.T) {
+	h := newHost(t)
+	first, c := h.open(t)
+	id, err := create(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Detach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	stray := filepath.Join(h.dir, "agent", "instances", string(sandbox.NewID()))
+	if err := os.Mkdir(stray, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	h.runtime = &busy{Runtime: h.runtime}
+	second, c := h.open(t)
+	if st := states(t, c)[id]; st.GetState() != string(sandbox.Running) {
+		t.Errorf("the sandbox is %v", st)
+	}
+	await(t, "the stray is freed", func() bool {
+		_, err := os.Stat(stray)
+		return errors.Is(err, os.ErrNotExist)
+	})
+	if err := second.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.clean(t)
+}
+
 // stubborn is a runtime whose instances cannot be stopped at the first try.
 type stubborn struct{ runtime.Runtime }
 
