@@ -207,10 +207,10 @@ func (a *Agent) goOn(m *managed, u *unit) {
 	}
 	err := u.inst.Resume(ctx)
 	if err == nil {
+		m.serving(u) // first: what runs has an address
 		if err := errors.Join(m.setState(sandbox.Running), removeImage(m.imageDir())); err != nil {
 			a.log.Warn("undo pause that was cut off", "sandbox", m.id, "err", err) // the next agent comes to the same
 		}
-		m.serving(u)
 		a.log.Info("took over running sandbox", "sandbox", m.id, "slot", u.slot.Index, "was", sandbox.Pausing)
 		return
 	}
