@@ -128,6 +128,9 @@ func (a *Agent) Detach(ctx context.Context) error {
 // it. Paused sandboxes and snapshots stay: they hold nothing but room on the disk.
 func (a *Agent) Shutdown(ctx context.Context) error {
 	a.close()
+	// What is under way first comes to its end, as running or as paused: what is
+	// paused in the last moment is not to be ended, nor what is resumed to run on.
+	a.wg.Wait()
 	var g errgroup.Group
 	g.SetLimit(8)
 	for _, m := range a.list() {
@@ -137,12 +140,14 @@ func (a *Agent) Shutdown(ctx context.Context) error {
 		g.Go(func() error { return a.stop(m, "the platform was shut down") })
 	}
 	err := g.Wait()
-	a.wg.Wait()
 	a.freeing.Wait()
 	return errors.Join(err, a.slots.Close(ctx))
 }
 
-// close refuses new sandboxes, gives up on those being made, and ends the
+// errClosed refuses work of an agent that ends.
+var errClosed = sandbox.Errorf(sandbox.ErrUnavailable, "the host is shutting down; try again in a moment")
+
+// close refuses new sandboxes, gives up on what is under way, and ends the
 // background work.
 func (a *Agent) close() {
 	a.mu.Lock()
@@ -162,7 +167,7 @@ func (a *Agent) enter() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.closed {
-		return sandbox.Errorf(sandbox.ErrUnavailable, "the host is shutting down; try again in a moment")
+		return errClosed
 	}
 	a.wg.Add(1)
 	return nil
@@ -195,7 +200,7 @@ func (a *Agent) add(m *managed) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.closed {
-		return sandbox.Errorf(sandbox.ErrUnavailable, "the host is shutting down; try again in a moment")
+		return errClosed
 	}
 	if _, taken := a.sandboxes[m.id]; taken {
 		return sandbox.Errorf(sandbox.ErrConflict, "sandbox id %s is taken", m.id)

@@ -193,6 +193,9 @@ func (a *Agent) transition(ctx context.Context, m *managed, limit time.Duration,
 		rec, _, _ := m.status()
 		err = expect(m, rec.State, from)
 	}
+	if err == nil && a.ctx.Err() != nil {
+		err = errClosed // it ended while m was waited for, and did not see what is to be cancelled
+	}
 	if err != nil {
 		done()
 		return nil, nil, err
