@@ -148,6 +148,17 @@ func openImage(dir string, rt runtime.Runtime) (image, error) {
 	return im, nil
 }
 
+// unusable makes of an error about what a paused sandbox needs to go on one of a
+// conflict, with the same words. The sandbox is there, which sandbox.ErrNotFound
+// would deny, and it is not the caller's input that is wrong.
+func unusable(err error) error {
+	if kind := sandbox.Kind(err); kind != sandbox.ErrInvalid && kind != sandbox.ErrNotFound {
+		return err
+	}
+	text, _ := sandbox.Message(err)
+	return &sandbox.Error{Kind: sandbox.ErrConflict, Message: text, Cause: errors.New(err.Error())} // without its kind
+}
+
 // copyTo makes a second image of the same files, which are never written again.
 func (im image) copyTo(dir string) (image, error) {
 	tmp, err := newImage(dir)

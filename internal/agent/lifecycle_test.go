@@ -416,7 +416,7 @@ func TestAnImageThatIsNoGoodIsRefusedInWordsAndLeavesTheSandboxPaused(t *testing
 	refused := func(words string) {
 		t.Helper()
 		_, err := c.ResumeSandbox(t.Context(), &hostagent.ResumeSandboxRequest{SandboxId: id, AccessToken: "secret"})
-		if connect.CodeOf(err) != connect.CodeInvalidArgument || !strings.Contains(err.Error(), words) {
+		if connect.CodeOf(err) != connect.CodeAlreadyExists || !strings.Contains(err.Error(), words) || strings.Contains(err.Error(), h.dir) {
 			t.Errorf("resume: %v, want %q", err, words)
 		}
 		if st := states(t, c)[id]; st.GetState() != string(sandbox.Paused) {
@@ -430,10 +430,31 @@ func TestAnImageThatIsNoGoodIsRefusedInWordsAndLeavesTheSandboxPaused(t *testing
 	if err := os.WriteFile(manifest, good, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	builds := filepath.Join(h.dir, "templates")
+	if err := os.Rename(builds, builds+".away"); err != nil {
+		t.Fatal(err)
+	}
+	refused("is not on this host")
+	if err := os.Rename(builds+".away", builds); err != nil {
+		t.Fatal(err)
+	}
+	kernel := filepath.Join(dir, "checkpoint.img")
+	whole, err := os.ReadFile(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(kernel, make([]byte, len(whole)), 0o600); err != nil { // only the engine sees that
+		t.Fatal(err)
+	}
+	refused("cannot load it")
 	if err := os.Truncate(largest, was-1); err != nil {
 		t.Fatal(err)
 	}
 	refused("damaged")
+	_, err = c.SnapshotSandbox(t.Context(), &hostagent.SnapshotSandboxRequest{SandboxId: id, ImageId: string(sandbox.NewID())})
+	if connect.CodeOf(err) != connect.CodeAlreadyExists || !strings.Contains(err.Error(), "damaged") {
+		t.Errorf("snapshot: %v", err)
+	}
 	if err := os.Remove(largest); err != nil {
 		t.Fatal(err)
 	}

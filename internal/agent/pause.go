@@ -146,11 +146,11 @@ func (a *Agent) resume(ctx context.Context, m *managed, token string, boot bool)
 	}
 	im, err := openImage(m.imageDir(), a.cfg.Runtime)
 	if err != nil {
-		return false, err
+		return false, unusable(err)
 	}
 	rootfs, err := a.rootfs(m.rec.BuildID)
 	if err != nil {
-		return false, err
+		return false, unusable(err)
 	}
 	if err := m.setState(sandbox.Resuming); err != nil {
 		return false, fmt.Errorf("resume sandbox %s: %w", m.id, err)
@@ -161,9 +161,9 @@ func (a *Agent) resume(ctx context.Context, m *managed, token string, boot bool)
 	}, boot)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
-			err = errors.Join(cause, err)
+			err = fmt.Errorf("%w: %v", cause, err) // whatever the runtime made of that
 		}
-		return false, fmt.Errorf("resume sandbox %s: %w", m.id, errors.Join(err, m.setState(sandbox.Paused)))
+		return false, fmt.Errorf("resume sandbox %s: %w", m.id, errors.Join(unusable(err), m.setState(sandbox.Paused)))
 	}
 	booted = boot || im.Kind == runtime.ImageFiles
 	// It is of no use any more: what the sandbox does from now on is not in it.

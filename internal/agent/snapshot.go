@@ -35,6 +35,8 @@ func (a *Agent) snapshot(ctx context.Context, m *managed, id sandbox.ID) (image,
 		im, err = a.writeAndSeal(ctx, u, dir, m.manifest(a, runtime.ImageMemory, a.environment(ctx, u)), false)
 	} else if im, err = openImage(m.imageDir(), a.cfg.Runtime); err == nil {
 		im, err = im.copyTo(dir)
+	} else {
+		err = unusable(err)
 	}
 	if err != nil {
 		return im, fmt.Errorf("snapshot sandbox %s: %w", m.id, err)

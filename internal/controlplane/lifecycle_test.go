@@ -196,10 +196,13 @@ func TestAFailedResumeLeavesItPaused(t *testing.T) {
 	b := r.create(time.Minute)
 	r.pause(b.ID)
 	r.agent.OnResume = func(context.Context, string) error {
-		return connect.NewError(connect.CodeInvalidArgument, errors.New("the image is damaged"))
+		return connect.NewError(connect.CodeAlreadyExists, errors.New("the image is damaged"))
 	}
 	_, _, err := r.Connect(t.Context(), team, b.ID, controlplane.ConnectRequest{Timeout: time.Minute})
-	is(t, err, sandbox.ErrInvalid)
+	is(t, err, sandbox.ErrConflict)
+	if err == nil || err.Error() != "the image is damaged" {
+		t.Errorf("connect: %v", err)
+	}
 	if got := r.record(b.ID); got.State != sandbox.Paused {
 		t.Errorf("it is %s", got.State)
 	}
