@@ -256,7 +256,11 @@ func (a *Agent) admitDisk() error {
 		return fmt.Errorf("measure free disk: %w", err)
 	}
 	if free := int64(fs.Bavail) * fs.Bsize; free < reservedDisk {
-		return sandbox.Errorf(sandbox.ErrExhausted, "the host's disk is full (%d MiB left under %s); delete snapshots, or kill sandboxes that are not needed", free>>20, a.cfg.Dir)
+		return &sandbox.Error{
+			Kind:    sandbox.ErrExhausted,
+			Message: fmt.Sprintf("the host's disk is full (%d MiB left); delete snapshots, or kill sandboxes that are not needed", free>>20),
+			Cause:   fmt.Errorf("measured at %s", a.cfg.Dir),
+		}
 	}
 	return nil
 }

@@ -25,6 +25,28 @@ var codes = map[error]connect.Code{
 	sandbox.ErrUnimplemented:   connect.CodeUnimplemented,
 }
 
+// told is what the control plane gets to see of an error, and the error itself for
+// the log.
+type told struct {
+	text string
+	err  error
+}
+
+func (t told) Error() string { return t.text }
+
+// logCauses logs what is behind errors whose text is all that is told.
+func (a *Agent) logCauses(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		resp, err := next(ctx, req)
+		var t told
+		var e *sandbox.Error
+		if errors.As(err, &t) && errors.As(t.err, &e) && e.Cause != nil {
+			a.log.Warn("request failed", "procedure", req.Spec().Procedure, "err", t.err)
+		}
+		return resp, err
+	}
+}
+
 // rpcError is err as the control plane sees it: the code of its kind and the
 // text fit for users, the whole text where it has no kind. The control plane is
 // part of the platform and decides what users get to see.
@@ -33,7 +55,7 @@ func rpcError(err error) error {
 	switch {
 	case kind != nil:
 		text, _ := sandbox.Message(err)
-		return connect.NewError(codes[kind], errors.New(text))
+		return connect.NewError(codes[kind], told{text, err})
 	case errors.Is(err, context.Canceled):
 		return connect.NewError(connect.CodeCanceled, err)
 	case errors.Is(err, context.DeadlineExceeded):

@@ -22,7 +22,7 @@ const heartbeatInterval = 15 * time.Second
 
 // Handler serves the agent's RPC interface at the path it returns.
 func (a *Agent) Handler() (path string, h http.Handler) {
-	return hostagentconnect.NewHostAgentHandler(&service{a})
+	return hostagentconnect.NewHostAgentHandler(&service{a}, connect.WithInterceptors(connect.UnaryInterceptorFunc(a.logCauses)))
 }
 
 // service turns RPCs into calls of the agent, and kinds of errors into codes.

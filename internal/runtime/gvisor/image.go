@@ -177,5 +177,9 @@ func checkFree(dir string, bytes int64) error {
 }
 
 func diskFull(dir string, bytes int64) error {
-	return sandbox.Errorf(sandbox.ErrExhausted, "the host's disk is full: an image needs %d MiB under %s; delete snapshots and sandboxes that are not needed", bytes>>20+1, dir)
+	return &sandbox.Error{
+		Kind:    sandbox.ErrExhausted,
+		Message: fmt.Sprintf("the host's disk is full: an image needs %d MiB; delete snapshots and sandboxes that are not needed", bytes>>20+1),
+		Cause:   fmt.Errorf("measured at %s", dir),
+	}
 }

@@ -30,7 +30,7 @@ func (r *Runtime) Restore(ctx context.Context, cfg runtime.Config, image runtime
 		return nil, err
 	}
 	if !filepath.IsAbs(image.Dir) {
-		return nil, sandbox.Errorf(sandbox.ErrInvalid, "path %q is not absolute", image.Dir)
+		return nil, fmt.Errorf("path %q is not absolute", image.Dir)
 	}
 	inst, err := r.start(ctx, cfg, &image)
 	if err != nil {
@@ -71,7 +71,7 @@ func check(cfg runtime.Config) error {
 	}
 	for _, path := range []string{cfg.RootFS, cfg.Dir, cfg.GuestInit} {
 		if !filepath.IsAbs(path) {
-			return sandbox.Errorf(sandbox.ErrInvalid, "path %q is not absolute", path)
+			return fmt.Errorf("path %q is not absolute", path)
 		}
 	}
 	if info, err := os.Stat(cfg.RootFS); err != nil {
