@@ -152,7 +152,7 @@ func openImage(dir string, rt runtime.Runtime) (image, error) {
 // conflict, with the same words. The sandbox is there, which sandbox.ErrNotFound
 // would deny, and it is not the caller's input that is wrong.
 func unusable(err error) error {
-	if kind := sandbox.Kind(err); kind != sandbox.ErrInvalid && kind != sandbox.ErrNotFound {
+	if kind := sandbox.Kind(err); !errors.Is(kind, sandbox.ErrInvalid) && !errors.Is(kind, sandbox.ErrNotFound) {
 		return err
 	}
 	text, _ := sandbox.Message(err)

@@ -161,7 +161,7 @@ func (a *Agent) resume(ctx context.Context, m *managed, token string, boot bool)
 	}, boot)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
-			err = fmt.Errorf("%w: %v", cause, err) // whatever the runtime made of that
+			err = fmt.Errorf("%w: %s", cause, err.Error()) // whatever the runtime made of that
 		}
 		return false, fmt.Errorf("resume sandbox %s: %w", m.id, errors.Join(unusable(err), m.setState(sandbox.Paused)))
 	}
