@@ -23,7 +23,9 @@ import (
 	"github.com/wrenn/wrenn/internal/server"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("net/http.(*conn).closeWriteAndWait"))
+} // it sleeps for half a second after some refusals
 
 const id = "aaaaaaaaaaaaaaaaaaaa"
 

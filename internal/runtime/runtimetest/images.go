@@ -403,6 +403,7 @@ func testResumeByAnother(t *testing.T, s *suite) {
 			image := runtime.Image{Dir: t.TempDir(), Kind: kind}
 			over := make(chan error)
 			go func() { over <- g.Snapshot(t.Context(), image, true) }()
+			awaitFile(t, image.Dir) // from here on the old one does nothing to the guest any more
 			<-time.After(after * time.Millisecond)
 			inst, err := second.Adopt(t.Context(), g.cfg.ID, g.State())
 			if err == nil {
@@ -421,6 +422,19 @@ func testResumeByAnother(t *testing.T, s *suite) {
 		}
 	}
 	s.restore(t, g.snapshot(t, runtime.ImageMemory, false)) // it is whole
+}
+
+// awaitFile waits until the first file of an image is there.
+func awaitFile(t *testing.T, dir string) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; <-time.After(time.Millisecond) {
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no file of the image is written")
+		}
+	}
 }
 
 func testAdoptRestored(t *testing.T, s *suite) {
