@@ -31,7 +31,7 @@ func (i *instance) call(ctx context.Context, method string, arg any, result any,
 	defer func() {
 		switch {
 		case err == nil:
-		case i.engine.ended(), brokenOff(err):
+		case i.engine.Ended(), brokenOff(err):
 			err = i.gone()
 		case ctx.Err() != nil:
 			err = context.Cause(ctx)

@@ -13,20 +13,21 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn/wrenn/internal/process"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
 // state is what Instance.State records.
 type state struct {
-	Dir       string  `json:"dir"`
-	MemoryMiB int64   `json:"memoryMiB"`
-	DiskMiB   int64   `json:"diskMiB"`
-	PIDs      int64   `json:"pids"`
-	Version   string  `json:"version"` // of the engine
-	Init      int64   `json:"init"`    // size of the guest agent
-	Engine    process `json:"engine"`
-	Gofer     process `json:"gofer"`
+	Dir       string     `json:"dir"`
+	MemoryMiB int64      `json:"memoryMiB"`
+	DiskMiB   int64      `json:"diskMiB"`
+	PIDs      int64      `json:"pids"`
+	Version   string     `json:"version"` // of the engine
+	Init      int64      `json:"init"`    // size of the guest agent
+	Engine    process.ID `json:"engine"`
+	Gofer     process.ID `json:"gofer"`
 }
 
 // instance is one sandbox. It implements runtime.Instance.
@@ -36,7 +37,7 @@ type instance struct {
 	state state
 	raw   json.RawMessage
 
-	engine *handle
+	engine *process.Handle
 	oom    *os.File    // readable when the guest is out of memory; nil where the kernel needs no help
 	oomed  atomic.Bool // it was
 	done   chan struct{}
@@ -62,13 +63,13 @@ func (r *Runtime) open(id sandbox.ID, st state) (*instance, error) {
 	if err != nil {
 		return nil, err
 	}
-	engine, err := st.Engine.open()
+	engine, err := st.Engine.Open()
 	if err != nil {
 		return nil, err
 	}
 	i := &instance{rt: r, id: id, state: st, raw: raw, engine: engine, done: make(chan struct{})}
-	if i.oom, err = r.cgroups.oomEvents(group(r.cfg.Tag, id)); err != nil {
-		engine.close()
+	if i.oom, err = r.cgroups.OOMEvents(group(r.cfg.Tag, id)); err != nil {
+		engine.Close()
 		return nil, err
 	}
 	r.work.Go(i.watch)
@@ -80,22 +81,22 @@ func (r *Runtime) open(id sandbox.ID, st state) (*instance, error) {
 
 // watch waits for the end of the engine, or of the runtime.
 func (i *instance) watch() {
-	defer i.engine.close()
+	defer i.engine.Close()
 	if i.oom != nil {
 		defer i.oom.Close()
 	}
-	stop := context.AfterFunc(i.rt.ctx, func() { i.engine.pidfd.SetReadDeadline(time.Now()) })
-	defer stop()
-	if err := i.engine.wait(); err != nil {
+	if err := i.engine.Wait(i.rt.ctx); err != nil {
 		return // the runtime is closed; the instance goes on without us
 	}
-	stop()
 	i.exit = i.explain()
 	// The gofer ends with the engine; as a child of ours it would stay a zombie.
-	if gofer, err := i.state.Gofer.open(); err == nil {
+	if gofer, err := i.state.Gofer.Open(); err == nil {
 		ctx, cancel := context.WithTimeout(i.rt.ctx, time.Second)
-		_ = waitFor(ctx, gofer) // the clean-up waits again
+		if gofer.Wait(ctx) == nil { // the clean-up waits again
+			gofer.Reap()
+		}
 		cancel()
+		gofer.Close()
 	}
 	close(i.done)
 }
@@ -110,30 +111,30 @@ func (i *instance) watchMemory() {
 			return // closed: the engine has ended, or the runtime is closed
 		}
 		// The removal of the cgroup is an event too.
-		if !i.rt.cgroups.exists(group(i.rt.cfg.Tag, i.id)) {
+		if !i.rt.cgroups.Exists(group(i.rt.cfg.Tag, i.id)) {
 			return
 		}
 		i.oomed.Store(true)
-		_ = i.engine.kill() // it may have been the kernel's choice
+		_ = i.engine.Kill() // it may have been the kernel's choice
 	}
 }
 
 // explain finds out why the engine ended, while its cgroup and files are there.
 func (i *instance) explain() runtime.Exit {
-	status, known := i.engine.exitStatus() // reaps it, so always
+	status, known := i.engine.ExitStatus() // reaps it, so always
 	cg, name := i.rt.cgroups, group(i.rt.cfg.Tag, i.id)
 	i.mu.Lock()
 	stopped := i.stopping
 	i.mu.Unlock()
 	switch {
-	case i.oomed.Load() || cg.outOfMemory(name):
+	case i.oomed.Load() || cg.OutOfMemory(name):
 		return runtime.Exit{
 			OutOfMemory: true,
 			Reason:      fmt.Sprintf("out of memory: the sandbox exceeded its limit of %d MiB", i.state.MemoryMiB),
 		}
 	case stopped:
 		return runtime.Exit{Reason: "stopped"}
-	case cg.outOfPIDs(name) && crash(filepath.Join(i.state.Dir, panicFile)) != "":
+	case cg.OutOfPIDs(name) && crash(filepath.Join(i.state.Dir, panicFile)) != "":
 		// The sandbox kernel needs tasks of the same limit, and cannot go on without.
 		return runtime.Exit{Reason: fmt.Sprintf("too many processes: the sandbox exceeded its limit of %d tasks", i.state.PIDs)}
 	default:
@@ -217,10 +218,10 @@ func (i *instance) beginTeardown() *teardown {
 func (i *instance) free(ctx context.Context) error {
 	// The engine first and alone: with it the kernel ends everything in the
 	// guest, and Exit is known before the cgroup goes.
-	engine, err := i.state.Engine.open()
+	engine, err := i.state.Engine.Open()
 	if err == nil {
-		err = engine.kill()
-		engine.close()
+		err = engine.Kill()
+		engine.Close()
 	}
 	if err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("stop sandbox %s: %w", i.id, err)
@@ -240,15 +241,15 @@ func (i *instance) free(ctx context.Context) error {
 // Stats implements runtime.Instance.
 func (i *instance) Stats(context.Context) (runtime.Stats, error) {
 	cg, name := i.rt.cgroups, group(i.rt.cfg.Tag, i.id)
-	cpu, err := cg.cpuTime(name)
+	cpu, err := cg.CPUTime(name)
 	if err != nil {
 		return runtime.Stats{}, i.statsError(err)
 	}
-	memory, err := cg.memory(name)
+	memory, err := cg.Memory(name)
 	if err != nil {
 		return runtime.Stats{}, i.statsError(err)
 	}
-	pids, err := cg.pids(name)
+	pids, err := cg.PIDs(name)
 	if err != nil {
 		return runtime.Stats{}, i.statsError(err)
 	}

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn/wrenn/internal/cgroup"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -40,7 +41,7 @@ type Config struct {
 // Runtime makes gVisor instances. It implements runtime.Runtime.
 type Runtime struct {
 	cfg     Config
-	cgroups hierarchies
+	cgroups cgroup.Trees
 	version string
 
 	ctx  context.Context // ends with Close
@@ -61,7 +62,7 @@ func New(cfg Config) (*Runtime, error) {
 	if err := os.MkdirAll(cfg.Root, 0o711); err != nil {
 		return nil, fmt.Errorf("new gvisor runtime: %w", err)
 	}
-	cgroups, err := findHierarchies()
+	cgroups, err := cgroup.Find()
 	if err != nil {
 		return nil, fmt.Errorf("new gvisor runtime: %w", err)
 	}
@@ -96,7 +97,7 @@ func engineVersion(binary string) string {
 func (r *Runtime) Close() error {
 	r.stop()
 	r.work.Wait()
-	if len(r.cgroups.children(parentGroup(r.cfg.Tag))) > 0 {
+	if len(r.cgroups.Children(parentGroup(r.cfg.Tag))) > 0 {
 		return nil
 	}
 	return removeTraces(r.cgroups, r.cfg.Root, r.cfg.Tag)
@@ -105,11 +106,11 @@ func (r *Runtime) Close() error {
 // RemoveAll ends every instance of the platform with this root and tag and
 // frees all that the runtime holds for it.
 func RemoveAll(root, tag string) error {
-	cgroups, err := findHierarchies()
+	cgroups, err := cgroup.Find()
 	if err != nil {
 		return fmt.Errorf("remove all sandboxes: %w", err)
 	}
-	ids := cgroups.children(parentGroup(tag))
+	ids := cgroups.Children(parentGroup(tag))
 	states, _ := filepath.Glob(stateFile(root, "*"))
 	for _, path := range states {
 		id, _, _ := strings.Cut(filepath.Base(path), "_")
@@ -131,10 +132,10 @@ func RemoveAll(root, tag string) error {
 
 // removeTraces removes what is there once per platform: the parent cgroup, and
 // the empty network namespace that runsc keeps mounted for its gofers.
-func removeTraces(cgroups hierarchies, root, tag string) error {
+func removeTraces(cgroups cgroup.Trees, root, tag string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	errs := []error{cgroups.remove(ctx, parentGroup(tag))}
+	errs := []error{cgroups.Remove(ctx, parentGroup(tag))}
 	entries, _ := os.ReadDir(root)
 	for _, e := range entries {
 		path := filepath.Join(root, e.Name())
@@ -197,11 +198,11 @@ const teardownTime = 30 * time.Second
 
 // free ends and removes everything that an instance of this id may have on the
 // host, however much of it is there. dir may be empty when it is not known.
-func free(ctx context.Context, cgroups hierarchies, root, tag string, id sandbox.ID, dir string) error {
-	if err := cgroups.kill(ctx, group(tag, id)); err != nil {
+func free(ctx context.Context, cgroups cgroup.Trees, root, tag string, id sandbox.ID, dir string) error {
+	if err := cgroups.Kill(ctx, group(tag, id)); err != nil {
 		return err
 	}
-	if err := cgroups.remove(ctx, group(tag, id)); err != nil {
+	if err := cgroups.Remove(ctx, group(tag, id)); err != nil {
 		return err
 	}
 	paths := []string{stateFile(root, id), statePath(root, id, "lock")}

@@ -124,7 +124,7 @@ func (i *instance) imageSize(kind runtime.ImageKind) (int64, error) {
 			bytes += st.Blocks * 512
 		}
 	}
-	if len(seen) == 0 && i.engine.ended() {
+	if len(seen) == 0 && i.engine.Ended() {
 		return 0, i.gone()
 	}
 	return bytes + bytes/8 + 16<<20, nil

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/wrenn/wrenn/internal/process"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -90,7 +91,7 @@ func (r *Runtime) claim(id sandbox.ID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	_, err := os.Lstat(stateFile(r.cfg.Root, id))
-	if r.claimed[id] || err == nil || r.cgroups.exists(group(r.cfg.Tag, id)) {
+	if r.claimed[id] || err == nil || r.cgroups.Exists(group(r.cfg.Tag, id)) {
 		return sandbox.Errorf(sandbox.ErrConflict, "sandbox %s exists already", id)
 	}
 	r.claimed[id] = true
@@ -177,7 +178,7 @@ func (r *Runtime) identify(cfg runtime.Config, initSize int64) (state, error) {
 	res := cfg.Resources
 	st := state{Dir: cfg.Dir, MemoryMiB: res.MemoryMiB, DiskMiB: res.DiskMiB, PIDs: res.PIDs, Version: r.version, Init: initSize}
 	// A process that has ended already is left zero; opening it says so.
-	st.Engine, _ = identify(rs.Sandbox.PID)
-	st.Gofer, _ = identify(rs.GoferPID)
+	st.Engine, _ = process.Identify(rs.Sandbox.PID)
+	st.Gofer, _ = process.Identify(rs.GoferPID)
 	return st, nil
 }

@@ -1,4 +1,7 @@
-package gvisor
+// Package cgroup works with control groups of both versions: each instance has a
+// group of the same name in every tree of the host. It imports nothing of ours but
+// process.
+package cgroup
 
 import (
 	"bufio"
@@ -15,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/process"
 )
 
 // hierarchy is one mounted cgroup tree of the host: one of several of version 1,
@@ -25,17 +30,18 @@ type hierarchy struct {
 	v2          bool
 }
 
-// hierarchies are all cgroup trees of the host. A sandbox has a directory of
-// the same name in each.
-type hierarchies []hierarchy
+// Trees are all cgroup trees of the host. An instance has a directory of the same
+// name in each.
+type Trees []hierarchy
 
-func findHierarchies() (hierarchies, error) {
+// Find finds the trees that are mounted.
+func Find() (Trees, error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, fmt.Errorf("find cgroup hierarchies: %w", err)
 	}
 	defer f.Close()
-	var found hierarchies
+	var found Trees
 	for lines := bufio.NewScanner(f); lines.Scan(); {
 		// "… root mountpoint options [tags] - type source super-options"
 		before, after, ok := strings.Cut(lines.Text(), " - ")
@@ -58,7 +64,7 @@ func findHierarchies() (hierarchies, error) {
 
 // file is the path of a control file: of the version 1 controller where that is
 // mounted, else of version 2. An empty name means that the version has no such file.
-func (hs hierarchies) file(group, controller, v1, v2 string) (path string, isV2 bool) {
+func (hs Trees) file(group, controller, v1, v2 string) (path string, isV2 bool) {
 	for _, h := range hs {
 		if slices.Contains(h.controllers, controller) {
 			return filepath.Join(h.path, group, v1), false
@@ -72,8 +78,8 @@ func (hs hierarchies) file(group, controller, v1, v2 string) (path string, isV2 
 	return "", false
 }
 
-// exists reports whether any hierarchy has the group.
-func (hs hierarchies) exists(group string) bool {
+// Exists reports whether any hierarchy has the group.
+func (hs Trees) Exists(group string) bool {
 	return slices.ContainsFunc(hs, func(h hierarchy) bool {
 		_, err := os.Lstat(filepath.Join(h.path, group))
 		return err == nil
@@ -81,8 +87,8 @@ func (hs hierarchies) exists(group string) bool {
 }
 
 // processes are those in the group in any hierarchy.
-func (hs hierarchies) processes(group string) ([]process, error) {
-	var found []process
+func (hs Trees) processes(group string) ([]process.ID, error) {
+	var found []process.ID
 	for _, h := range hs {
 		data, err := os.ReadFile(filepath.Join(h.path, group, "cgroup.procs"))
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
@@ -93,10 +99,10 @@ func (hs hierarchies) processes(group string) ([]process, error) {
 		}
 		for _, field := range bytes.Fields(data) {
 			pid, err := strconv.Atoi(string(field))
-			if err != nil || pid <= 0 || slices.ContainsFunc(found, func(p process) bool { return p.PID == pid }) {
+			if err != nil || pid <= 0 || slices.ContainsFunc(found, func(p process.ID) bool { return p.PID == pid }) {
 				continue
 			}
-			p, err := identify(pid)
+			p, err := process.Identify(pid)
 			// Its start time is recorded before it is seen to be in the group, so
 			// that the pid's next owner cannot be meant.
 			if err == nil && inGroup(pid, group) {
@@ -114,18 +120,18 @@ func inGroup(pid int, group string) bool {
 	})
 }
 
-// kill ends every process in the group and returns when all have.
-func (hs hierarchies) kill(ctx context.Context, group string) error {
+// Kill ends every process in the group and returns when all have.
+func (hs Trees) Kill(ctx context.Context, group string) error {
 	for {
 		procs, err := hs.processes(group)
 		if err != nil || len(procs) == 0 {
 			return err
 		}
-		var open []*handle
+		var open []*process.Handle
 		for _, p := range procs {
-			if h, err := p.open(); err == nil {
+			if h, err := p.Open(); err == nil {
 				open = append(open, h)
-				_ = h.kill() // it may have ended, which is waited for below
+				_ = h.Kill() // it may have ended, which is waited for below
 			}
 		}
 		for _, h := range open {
@@ -141,24 +147,19 @@ func (hs hierarchies) kill(ctx context.Context, group string) error {
 
 // waitFor waits for the process to end, reaps it if it is a child of ours, and
 // closes the handle.
-func waitFor(ctx context.Context, h *handle) error {
-	defer h.close()
-	stop := context.AfterFunc(ctx, func() { h.pidfd.SetReadDeadline(time.Now()) })
-	defer stop()
-	if err := h.wait(); err != nil {
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
+func waitFor(ctx context.Context, h *process.Handle) error {
+	defer h.Close()
+	if err := h.Wait(ctx); err != nil {
 		return err
 	}
-	_, _ = unix.Wait4(h.PID, nil, unix.WNOHANG, nil) // fails where it is nobody's child
+	h.Reap()
 	return nil
 }
 
-// remove takes the group out of every hierarchy. No process may be in it; one
+// Remove takes the group out of every hierarchy. No process may be in it; one
 // that has ended but was not reaped yet can hold it for a moment longer, and no
 // event tells of that on version 1, hence the retries.
-func (hs hierarchies) remove(ctx context.Context, group string) error {
+func (hs Trees) Remove(ctx context.Context, group string) error {
 	for _, h := range hs {
 		path := filepath.Join(h.path, group)
 		for {
@@ -179,8 +180,8 @@ func (hs hierarchies) remove(ctx context.Context, group string) error {
 	return nil
 }
 
-// children are the groups directly below the group, in any hierarchy.
-func (hs hierarchies) children(group string) []string {
+// Children are the groups directly below the group, in any hierarchy.
+func (hs Trees) Children(group string) []string {
 	var names []string
 	for _, h := range hs {
 		entries, _ := os.ReadDir(filepath.Join(h.path, group))
@@ -193,9 +194,9 @@ func (hs hierarchies) children(group string) []string {
 	return names
 }
 
-// limitMemory sets the most memory that the group may use, without swap. On
+// LimitMemory sets the most memory that the group may use, without swap. On
 // version 2 the kernel then also ends all processes of the group together.
-func (hs hierarchies) limitMemory(group string, bytes int64) error {
+func (hs Trees) LimitMemory(group string, bytes int64) error {
 	path, isV2 := hs.file(group, "memory", "memory.limit_in_bytes", "memory.max")
 	dir := filepath.Dir(path)
 	// Version 1 limits memory and swap together; the sum is never below memory.
@@ -221,10 +222,10 @@ func (hs hierarchies) limitMemory(group string, bytes int64) error {
 	return nil
 }
 
-// oomEvents returns a file that becomes readable whenever the group is out of
+// OOMEvents returns a file that becomes readable whenever the group is out of
 // memory. It is nil on version 2, where the kernel ends the whole group by itself
 // (memory.oom.group). Interface: kernel docs, cgroup-v1/memory.rst, section 10.
-func (hs hierarchies) oomEvents(group string) (_ *os.File, err error) {
+func (hs Trees) OOMEvents(group string) (_ *os.File, err error) {
 	path, isV2 := hs.file(group, "memory", "memory.oom_control", "")
 	if isV2 || path == "" {
 		return nil, nil
@@ -252,24 +253,24 @@ func (hs hierarchies) oomEvents(group string) (_ *os.File, err error) {
 	return events, nil
 }
 
-// outOfMemory reports whether the kernel ended a process of the group because
+// OutOfMemory reports whether the kernel ended a process of the group because
 // the group used all its memory.
-func (hs hierarchies) outOfMemory(group string) bool {
+func (hs Trees) OutOfMemory(group string) bool {
 	path, _ := hs.file(group, "memory", "memory.oom_control", "memory.events")
 	n, err := readField(path, "oom_kill")
 	return err == nil && n > 0
 }
 
-// outOfPIDs reports whether the group was refused a task because it had as many
+// OutOfPIDs reports whether the group was refused a task because it had as many
 // as it may.
-func (hs hierarchies) outOfPIDs(group string) bool {
+func (hs Trees) OutOfPIDs(group string) bool {
 	path, _ := hs.file(group, "pids", "pids.events", "pids.events")
 	n, err := readField(path, "max")
 	return err == nil && n > 0
 }
 
-// cpuTime is what the group has used since it was made.
-func (hs hierarchies) cpuTime(group string) (time.Duration, error) {
+// CPUTime is what the group has used since it was made.
+func (hs Trees) CPUTime(group string) (time.Duration, error) {
 	path, isV2 := hs.file(group, "cpuacct", "cpuacct.usage", "cpu.stat")
 	if isV2 {
 		usec, err := readField(path, "usage_usec")
@@ -279,8 +280,8 @@ func (hs hierarchies) cpuTime(group string) (time.Duration, error) {
 	return time.Duration(ns), err
 }
 
-// memory is what the group uses, page cache that the kernel can drop left out.
-func (hs hierarchies) memory(group string) (int64, error) {
+// Memory is what the group uses, page cache that the kernel can drop left out.
+func (hs Trees) Memory(group string) (int64, error) {
 	path, isV2 := hs.file(group, "memory", "memory.usage_in_bytes", "memory.current")
 	used, err := readNumber(path)
 	if err != nil {
@@ -301,8 +302,8 @@ func (hs hierarchies) memory(group string) (int64, error) {
 	return max(used, 0), nil
 }
 
-// pids is how many tasks the group has.
-func (hs hierarchies) pids(group string) (int64, error) {
+// PIDs is how many tasks the group has.
+func (hs Trees) PIDs(group string) (int64, error) {
 	path, _ := hs.file(group, "pids", "pids.current", "pids.current")
 	return readNumber(path)
 }

@@ -1,36 +1,41 @@
-package gvisor
+// Package process holds other processes of the host beyond doubt, children of
+// this one or not: they outlive the process that started them. It imports nothing
+// of ours.
+package process
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// process names one host process beyond doubt: pids are used again, a pid
-// together with its start time is not.
-type process struct {
+// ID names one host process beyond doubt: pids are used again, a pid together
+// with its start time is not.
+type ID struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // in clock ticks since the host booted
 }
 
-// identify gives the process that has this pid now. The error is
+// Identify gives the process that has this pid now. The error is
 // os.ErrProcessDone when there is none.
-func identify(pid int) (process, error) {
+func Identify(pid int) (ID, error) {
 	fields, err := readStat(pid)
 	if err != nil {
-		return process{}, err
+		return ID{}, err
 	}
 	start, err := strconv.ParseUint(fields[statStart], 10, 64)
 	if err != nil {
-		return process{}, fmt.Errorf("identify process %d: %w", pid, err)
+		return ID{}, fmt.Errorf("identify process %d: %w", pid, err)
 	}
-	return process{PID: pid, Start: start}, nil
+	return ID{PID: pid, Start: start}, nil
 }
 
 // Indices into what readStat returns.
@@ -58,14 +63,14 @@ func readStat(pid int) ([]string, error) {
 	return fields, nil
 }
 
-// handle holds a process by a pidfd, whether it is a child of ours or not.
-type handle struct {
-	process
+// Handle holds a process by a pidfd, whether it is a child of ours or not.
+type Handle struct {
+	ID
 	pidfd *os.File
 }
 
-// open takes hold of the process. The error is os.ErrProcessDone when it is gone.
-func (p process) open() (*handle, error) {
+// Open takes hold of the process. The error is os.ErrProcessDone when it is gone.
+func (p ID) Open() (*Handle, error) {
 	if p.PID <= 0 {
 		return nil, os.ErrProcessDone
 	}
@@ -76,23 +81,24 @@ func (p process) open() (*handle, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open pidfd of %d: %w", p.PID, err)
 	}
-	h := &handle{process: p, pidfd: os.NewFile(uintptr(fd), "pidfd")}
+	h := &Handle{ID: p, pidfd: os.NewFile(uintptr(fd), "pidfd")}
 	// Only now is the pid ours for certain, so only now is it compared.
-	if now, err := identify(p.PID); err != nil || now != p {
-		h.close()
+	if now, err := Identify(p.PID); err != nil || now != p {
+		h.Close()
 		return nil, os.ErrProcessDone
 	}
-	if h.ended() { // but not reaped
-		h.close()
+	if h.Ended() { // but not reaped
+		h.Close()
 		return nil, os.ErrProcessDone
 	}
 	return h, nil
 }
 
-func (h *handle) close() { h.pidfd.Close() }
+// Close lets go of the process. A Wait under way must have returned.
+func (h *Handle) Close() { h.pidfd.Close() }
 
-// kill ends the process. A process that has ended is no error.
-func (h *handle) kill() error {
+// Kill ends the process. A process that has ended is no error.
+func (h *Handle) Kill() error {
 	err := h.control(func(fd int) error { return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) })
 	if err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill process %d: %w", h.PID, err)
@@ -100,18 +106,29 @@ func (h *handle) kill() error {
 	return nil
 }
 
-// wait returns when the process has ended (nil) or, with an error, when the
-// handle's deadline has passed. It takes no thread while it waits.
-func (h *handle) wait() error {
+// Wait returns when the process has ended, or with the error of ctx. It takes no
+// thread while it waits. One call at a time.
+func (h *Handle) Wait(ctx context.Context) error {
 	conn, err := h.pidfd.SyscallConn()
 	if err != nil {
 		return err
 	}
-	return conn.Read(readable)
+	if err := h.pidfd.SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = h.pidfd.SetReadDeadline(time.Now()) })
+	defer stop()
+	if err := conn.Read(readable); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return err
+	}
+	return nil
 }
 
-// ended reports whether the process has ended.
-func (h *handle) ended() bool {
+// Ended reports whether the process has ended.
+func (h *Handle) Ended() bool {
 	return h.control(func(fd int) error {
 		if !readable(uintptr(fd)) {
 			return unix.EAGAIN
@@ -127,7 +144,7 @@ func readable(fd uintptr) bool {
 	return err == nil && n > 0
 }
 
-func (h *handle) control(f func(fd int) error) error {
+func (h *Handle) control(f func(fd int) error) error {
 	conn, err := h.pidfd.SyscallConn()
 	if err != nil {
 		return err
@@ -139,10 +156,10 @@ func (h *handle) control(f func(fd int) error) error {
 	return ferr
 }
 
-// exitStatus says how an ended process ended, child of ours or not; a child is
+// ExitStatus says how an ended process ended, child of ours or not; a child is
 // reaped by it. known is false when the host does not tell: its parent was
 // faster to reap it and the kernel is older than 6.15.
-func (h *handle) exitStatus() (ws unix.WaitStatus, known bool) {
+func (h *Handle) ExitStatus() (ws unix.WaitStatus, known bool) {
 	if pid, err := unix.Wait4(h.PID, &ws, unix.WNOHANG, nil); err == nil && pid == h.PID {
 		return ws, true
 	}
@@ -158,3 +175,7 @@ func (h *handle) exitStatus() (ws unix.WaitStatus, known bool) {
 	}
 	return unix.WaitStatus(info.Exit_code), true
 }
+
+// Reap takes an ended process off the host's table when it is a child of ours, and
+// does nothing when it is not.
+func (h *Handle) Reap() { _, _ = unix.Wait4(h.PID, nil, unix.WNOHANG, nil) }

@@ -1,4 +1,4 @@
-package gvisor
+package cgroup
 
 import (
 	"os"
@@ -36,7 +36,7 @@ func TestFiguresAreReadFromBothVersionsOfCgroups(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			root := t.TempDir()
-			hs := hierarchies{{path: root, v2: true}}
+			hs := Trees{{path: root, v2: true}}
 			if !test.v2 {
 				hs = nil
 				for _, c := range []string{"cpuacct", "memory", "pids"} {
@@ -52,26 +52,26 @@ func TestFiguresAreReadFromBothVersionsOfCgroups(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if cpu, err := hs.cpuTime(group); err != nil || cpu != 1500*time.Millisecond {
+			if cpu, err := hs.CPUTime(group); err != nil || cpu != 1500*time.Millisecond {
 				t.Errorf("cpu %v, %v", cpu, err)
 			}
-			if memory, err := hs.memory(group); err != nil || memory != 3500 {
+			if memory, err := hs.Memory(group); err != nil || memory != 3500 {
 				t.Errorf("memory %v, %v", memory, err)
 			}
-			if pids, err := hs.pids(group); err != nil || pids != 12 {
+			if pids, err := hs.PIDs(group); err != nil || pids != 12 {
 				t.Errorf("pids %v, %v", pids, err)
 			}
-			if !hs.outOfMemory(group) {
+			if !hs.OutOfMemory(group) {
 				t.Error("out of memory not seen")
 			}
-			if err := hs.limitMemory(group, 4096); err != nil {
+			if err := hs.LimitMemory(group, 4096); err != nil {
 				t.Error(err)
 			}
 			limit, _ := hs.file(group, "memory", "memory.limit_in_bytes", "memory.max")
 			if n, err := readNumber(limit); err != nil || n != 4096 {
 				t.Errorf("limit %v, %v", n, err)
 			}
-			if got := hs.children(filepath.Dir(group)); len(got) != 1 || got[0] != "box" {
+			if got := hs.Children(filepath.Dir(group)); len(got) != 1 || got[0] != "box" {
 				t.Errorf("children %v", got)
 			}
 		})

@@ -1,0 +1,87 @@
+package process
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestAProcessIsHeldWatchedAndItsExitTold(t *testing.T) {
+	for name, test := range map[string]struct {
+		script string
+		kill   bool
+		want   unix.WaitStatus
+	}{
+		"by its status": {"exit 7", false, 7 << 8},
+		"by its signal": {"exec sleep 60", true, 9},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command("sh", "-c", "read line; "+test.script)
+			in, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer cmd.Process.Release()
+			p, err := Identify(cmd.Process.Pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h, err := p.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer h.Close()
+			if h.Ended() {
+				t.Fatal("ended while it waits for input")
+			}
+			if test.kill {
+				if err := h.Kill(); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				in.Write([]byte("go\n"))
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			if err := h.Wait(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := p.Open(); !errors.Is(err, os.ErrProcessDone) {
+				t.Errorf("an ended process can be opened: %v", err)
+			}
+			if ws, known := h.ExitStatus(); !known || ws != test.want {
+				t.Errorf("exit status %#x, %v; want %#x", ws, known, test.want)
+			}
+			// Now it is reaped; the status is asked for once more, as for a
+			// process that is no child of ours.
+			if ws, known := h.ExitStatus(); known && ws != test.want {
+				t.Errorf("exit status after the reaping %#x; want %#x", ws, test.want)
+			}
+			if err := h.Kill(); err != nil {
+				t.Error("killing what has ended:", err)
+			}
+		})
+	}
+}
+
+func TestAnotherProcessWithThePidIsNotTaken(t *testing.T) {
+	p, err := Identify(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Start-- // as if the pid had had an owner before
+	if h, err := p.Open(); !errors.Is(err, os.ErrProcessDone) {
+		t.Fatalf("opened %+v, %v", h, err)
+	}
+	if _, err := (ID{}).Open(); !errors.Is(err, os.ErrProcessDone) {
+		t.Errorf("opening no process gives %v", err)
+	}
+}
