@@ -19,8 +19,9 @@ GVISOR := $(shell awk '$$1 == "gvisor.dev/gvisor" { print $$2; exit }' go.mod)
 LDFLAGS = -s -w -X main.version=$(VERSION) -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)
 
 # Directories are among the sources so that a deleted file counts as a change.
-sources = $(shell find $(wildcard $(1)) -mindepth 1 ! -name '*_test.go' ! -path '*/guest/bin/*' ! -path '*/testdata*')
+sources = $(shell find $(wildcard $(1)) -mindepth 1 ! -name '*_test.go' ! -path '*/guest/bin/*' ! -path '*/kernel/bin/*' ! -path '*/testdata*')
 ENVD_SOURCES  := go.mod go.sum $(call sources,cmd/envd internal/envd api/proto)
+BOOT_SOURCES := go.mod go.sum $(call sources,cmd/guestboot)
 WRENN_SOURCES := go.mod go.sum $(call sources,cmd/wrenn internal api bench web)
 
 GOLANGCI_VERSION := v2.15.0
@@ -42,7 +43,7 @@ down:
 
 build: bin/wrenn
 
-bin/wrenn: internal/guest/bin/envd $(WRENN_SOURCES)
+bin/wrenn: internal/guest/bin/envd internal/runtime/microvm/kernel/bin/guestboot $(WRENN_SOURCES)
 	@echo "building $@ (the first time takes some minutes: the sandbox kernel is in it)"
 	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/wrenn
 	@touch $@
@@ -52,6 +53,11 @@ internal/guest/bin/envd: $(ENVD_SOURCES)
 	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $@ ./cmd/envd
 	@touch $@
 
+internal/runtime/microvm/kernel/bin/guestboot: $(BOOT_SOURCES)
+	@echo "building $@"
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $@ ./cmd/guestboot
+	@touch $@
+
 packages:
 ifndef SKIP_PACKAGES
 	@scripts/packages.sh debootstrap debian-archive-keyring ca-certificates libnss-myhostname
@@ -59,7 +65,7 @@ endif
 
 test-packages: packages
 ifndef SKIP_PACKAGES
-	@scripts/packages.sh curl git sudo python3 python3-venv gcc libc6-dev node=nodejs npm=npm chromium=chromium
+	@scripts/packages.sh qemu-system-x86 xfsprogs btrfs-progs curl git sudo python3 python3-venv gcc libc6-dev node=nodejs npm=npm chromium=chromium
 endif
 
 test: test-packages build
@@ -106,4 +112,4 @@ generate:
 	.tools/buf generate
 
 clean:
-	rm -rf bin .cache .tools internal/guest/bin/envd
+	rm -rf bin .cache .tools internal/guest/bin/envd internal/runtime/microvm/kernel/bin/guestboot

@@ -106,6 +106,7 @@ func newRootCmd() *cobra.Command {
 		newSandboxCmd(),
 		newSnapshotCmd(),
 		newDoctorCmd(),
+		newKernelCmd(),
 		newEnvCmd(),
 		newCACmd(),
 		newBenchCmd(),

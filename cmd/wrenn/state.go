@@ -32,6 +32,7 @@ func (d dataDir) credentials() string { return filepath.Join(string(d), "credent
 func (d dataDir) masterKey() string   { return filepath.Join(string(d), "keys", "master") }
 func (d dataDir) acme() string        { return filepath.Join(string(d), "acme") }
 func (d dataDir) templates() string   { return filepath.Join(string(d), "templates") }
+func (d dataDir) kernels() string     { return filepath.Join(string(d), "kernels") }
 func (d dataDir) agent() string       { return filepath.Join(string(d), "agent") }
 func (d dataDir) socket() string      { return filepath.Join(d.agent(), "agent.sock") }
 func (d dataDir) runsc() string       { return filepath.Join(d.agent(), "runsc") }
