@@ -1,0 +1,162 @@
+package memory
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// A layer is its blocks, a checksum of each, and a footer.
+const (
+	layerMagic   = "WRENNLYR"
+	layerVersion = 1
+	footerSize   = 8 + 4 + 8 + 4 + 4 // magic, version, blocks, checksum of the checksums, checksum of the footer
+)
+
+// Layer is a file with blocks of memory, which never changes.
+type Layer struct {
+	ref  layerRef
+	file *os.File
+
+	once sync.Once
+	sums []byte // 4 bytes for each block
+	err  error
+}
+
+// File is the layer's file, open for reading. The blocks are at its start.
+func (l *Layer) File() *os.File { return l.file }
+
+// Size is how many bytes of the file are blocks.
+func (l *Layer) Size() int64 { return int64(l.ref.blocks) * BlockSize }
+
+func openLayer(path string, ref layerRef) (*Layer, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	l := &Layer{ref: ref, file: f}
+	fi, err := f.Stat()
+	if err == nil && fi.Size() != l.Size()+int64(ref.blocks)*4+footerSize {
+		err = damaged("layer %s has %d bytes", path, fi.Size())
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// load reads the checksums, once.
+func (l *Layer) load() error {
+	l.once.Do(func() { l.sums, l.err = l.readSums() })
+	return l.err
+}
+
+func (l *Layer) readSums() ([]byte, error) {
+	b := make([]byte, int64(l.ref.blocks)*4+footerSize)
+	if _, err := l.file.ReadAt(b, l.Size()); err != nil {
+		return nil, fmt.Errorf("read checksums of layer: %w", err)
+	}
+	sums, footer := b[:len(b)-footerSize], b[len(b)-footerSize:]
+	if string(footer) != string(layerFooter(l.ref.blocks, crc32.Checksum(sums, castagnoli))) {
+		return nil, damaged("the checksums of layer %s are not those written", l.file.Name())
+	}
+	return sums, nil
+}
+
+// Check compares blocks, which were read from at on, with their checksums.
+func (l *Layer) Check(p []byte, at int64) error {
+	if err := l.load(); err != nil {
+		return err
+	}
+	for i := at / BlockSize; len(p) > 0; i, p = i+1, p[BlockSize:] {
+		if crc32.Checksum(p[:BlockSize], castagnoli) != binary.LittleEndian.Uint32(l.sums[i*4:]) {
+			return damaged("block %d of layer %s is not what was written", i, l.file.Name())
+		}
+	}
+	return nil
+}
+
+func (l *Layer) read(p []byte, at int64) error {
+	if _, err := l.file.ReadAt(p, at); err != nil {
+		if errors.Is(err, io.EOF) {
+			return damaged("layer %s has become shorter", l.file.Name())
+		}
+		return fmt.Errorf("read layer: %w", err)
+	}
+	return l.Check(p, at)
+}
+
+func layerFooter(blocks uint64, sum uint32) []byte {
+	b := make([]byte, 0, footerSize)
+	b = append(b, layerMagic...)
+	b = binary.LittleEndian.AppendUint32(b, layerVersion)
+	b = binary.LittleEndian.AppendUint64(b, blocks)
+	b = binary.LittleEndian.AppendUint32(b, sum)
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+// layerWriter writes a new layer. It has no name until it is finished.
+type layerWriter struct {
+	ref  layerRef
+	file *os.File
+	sums []byte
+}
+
+func newLayer(dir string) (*layerWriter, error) {
+	f, err := os.CreateTemp(dir, tempPrefix)
+	if err != nil {
+		return nil, err
+	}
+	w := &layerWriter{file: f}
+	_, _ = rand.Read(w.ref.id[:]) // never fails
+	return w, nil
+}
+
+// append adds whole blocks and gives the place of the first.
+func (w *layerWriter) append(p []byte) (at uint32, err error) {
+	if len(p) == 0 {
+		return uint32(w.ref.blocks), nil
+	}
+	first := w.ref.blocks
+	if first+uint64(len(p)/BlockSize) >= maxBlocks {
+		return 0, errors.New("the layer is too large")
+	}
+	off := int64(first) * BlockSize
+	if _, err := w.file.WriteAt(p, off); err != nil {
+		return 0, err
+	}
+	// The disk works while the next blocks are read, and the sync at the end has
+	// little left to do.
+	_ = unix.SyncFileRange(int(w.file.Fd()), off, int64(len(p)), unix.SYNC_FILE_RANGE_WRITE)
+	for ; len(p) > 0; p = p[BlockSize:] {
+		w.sums = binary.LittleEndian.AppendUint32(w.sums, crc32.Checksum(p[:BlockSize], castagnoli))
+		w.ref.blocks++
+	}
+	return uint32(first), nil
+}
+
+// finish makes the layer last, and gives it its name.
+func (w *layerWriter) finish(dir string) error {
+	tail := append(w.sums, layerFooter(w.ref.blocks, crc32.Checksum(w.sums, castagnoli))...)
+	if _, err := w.file.WriteAt(tail, int64(w.ref.blocks)*BlockSize); err != nil {
+		return err
+	}
+	if err := w.file.Sync(); err != nil {
+		return err
+	}
+	return os.Rename(w.file.Name(), dir+"/"+w.ref.fileName())
+}
+
+// discard closes the file, and removes it unless it was finished.
+func (w *layerWriter) discard() {
+	w.file.Close()
+	os.Remove(w.file.Name())
+}
