@@ -34,8 +34,12 @@ func TestARangeThatMeetsARouteOfTheHostIsRefused(t *testing.T) {
 }
 
 func TestTheRangeStaysTheSameOverARestart(t *testing.T) {
+	onBothKinds(t, testTheRangeStaysTheSameOverARestart)
+}
+
+func testTheRangeStaysTheSameOverARestart(t *testing.T, tap bool) {
 	tag := newTag(t)
-	first, err := Open(t.Context(), Config{Tag: tag}, nil)
+	first, err := Open(t.Context(), Config{TAP: tap, Tag: tag}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,7 +47,7 @@ func TestTheRangeStaysTheSameOverARestart(t *testing.T) {
 	if err := first.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	again := openPool(t, Config{Tag: tag}, s.Index)
+	again := openPool(t, Config{TAP: tap, Tag: tag}, s.Index)
 	if again.CIDR() != first.CIDR() {
 		t.Errorf("got %s, then %s", first.CIDR(), again.CIDR())
 	}
@@ -54,11 +58,15 @@ func TestTheRangeStaysTheSameOverARestart(t *testing.T) {
 }
 
 func TestSlotsOfAnotherRangeStayInUseAfterItIsChanged(t *testing.T) {
+	onBothKinds(t, testSlotsOfAnotherRangeStayInUseAfterItIsChanged)
+}
+
+func testSlotsOfAnotherRangeStayInUseAfterItIsChanged(t *testing.T, tap bool) {
 	tag := newTag(t)
-	first := openPool(t, Config{Tag: tag, CIDR: netip.MustParsePrefix("10.254.66.0/24")})
+	first := openPool(t, Config{TAP: tap, Tag: tag, CIDR: netip.MustParsePrefix("10.254.66.0/24")})
 	s := acquire(t, first, Policy{AllowInternet: true})
 	serve(t, guest(t, s), "tcp", "0.0.0.0:8000")
-	again := openPool(t, Config{Tag: tag, CIDR: netip.MustParsePrefix("10.254.67.0/24")}, s.Index)
+	again := openPool(t, Config{TAP: tap, Tag: tag, CIDR: netip.MustParsePrefix("10.254.67.0/24")}, s.Index)
 	adopted, ok := again.Adopted(s.Index)
 	if !ok || adopted.HostAddr != s.HostAddr {
 		t.Fatalf("adopted %v, %v; want address %s", adopted, ok, s.HostAddr)

@@ -12,9 +12,13 @@ import (
 )
 
 func TestAGuestDoesNotFillTheHostsTableOfConnections(t *testing.T) {
+	onBothKinds(t, testAGuestDoesNotFillTheHostsTableOfConnections)
+}
+
+func testAGuestDoesNotFillTheHostsTableOfConnections(t *testing.T, tap bool) {
 	tag := newTag(t)
 	buildOutside(t, tag)
-	p := openPool(t, Config{Tag: tag, Resolver: netip.MustParseAddr(resolverAddr), Ready: 1})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Resolver: netip.MustParseAddr(resolverAddr), Ready: 1})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	g := guest(t, s)
 	serve(t, g, "tcp", "0.0.0.0:8000")

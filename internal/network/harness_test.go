@@ -105,8 +105,15 @@ func acquire(t testing.TB, p *Pool, policy Policy) *Slot {
 	return s
 }
 
-// guest opens the slot's guest namespace, whose kernel stack plays the guest.
-func guest(t testing.TB, s *Slot) netns.NsHandle { return openNS(t, s.InnerNetNS) }
+// guest opens the slot's guest namespace, whose kernel stack plays the guest. With
+// a TAP it starts a machine first.
+func guest(t testing.TB, s *Slot) netns.NsHandle {
+	t.Helper()
+	if s.TAP != "" {
+		return startMachine(t, s)
+	}
+	return openNS(t, s.InnerNetNS)
+}
 
 func openNS(t testing.TB, path string) netns.NsHandle {
 	t.Helper()

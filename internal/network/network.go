@@ -8,6 +8,10 @@
 //	eth0 169.254.0.21/30 ───── tap0 169.254.0.22/30
 //	                           eth0 CIDR+2i+1/31 ──────────────── w<tag>-<i> CIDR+2i/31
 //
+// A slot for a virtual machine has no guest namespace: tap0 is a real TAP that the
+// machine is attached to, and its monitor runs in the NAT namespace. It has no
+// business there but the TAP, so packets of its own do not leave.
+//
 // The NAT namespace passes tcp and udp for the slot's host address on to the
 // guest, gives outgoing traffic that address, sends questions to port 53 of the
 // gateway on to the resolver, and holds the sandbox's policy. The host's table
@@ -65,6 +69,7 @@ type Config struct {
 	Deny     []netip.Prefix // nil: DefaultDeny
 	Resolver netip.Addr     // zero: the first nameserver of the host that slots can use
 	Ready    int            // slots prepared ahead
+	TAP      bool           // slots are for virtual machines
 	Log      *slog.Logger   // nil: no log
 }
 
@@ -76,8 +81,9 @@ type Policy struct {
 // Slot is the network of one sandbox.
 type Slot struct {
 	Index      int
-	InnerNetNS string     // path of the namespace that the runtime puts the guest into; holds eth0
+	InnerNetNS string     // path of the namespace that the runtime puts the guest into; holds eth0. With a TAP it is NetNS
 	NetNS      string     // path of the namespace that does the NAT
+	TAP        string     // name of the TAP in NetNS that a virtual machine is attached to; empty: there is none
 	HostAddr   netip.Addr // address at which the host reaches the guest
 }
 
@@ -103,8 +109,11 @@ func tableName(tag string) string       { return "wrenn_" + tag }
 func nsPrefix(tag string) string        { return "wrenn-" + tag + "-" }
 
 // newSlot says what slot i of the tag is called. It makes nothing.
-func newSlot(tag string, i int, hostAddr netip.Addr) *Slot {
+func newSlot(tag string, i int, hostAddr netip.Addr, tap bool) *Slot {
 	path := filepath.Join(netnsDir, nsPrefix(tag)+strconv.Itoa(i))
+	if tap {
+		return &Slot{Index: i, NetNS: path, InnerNetNS: path, TAP: downlink, HostAddr: hostAddr}
+	}
 	return &Slot{Index: i, NetNS: path, InnerNetNS: path + "g", HostAddr: hostAddr}
 }
 

@@ -18,9 +18,13 @@ import (
 var both = []string{"tcp", "udp"}
 
 func TestHostAndGuestReachEachOtherOnlyAsAllowed(t *testing.T) {
+	onBothKinds(t, testHostAndGuestReachEachOtherOnlyAsAllowed)
+}
+
+func testHostAndGuestReachEachOtherOnlyAsAllowed(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
-	p := openPool(t, Config{Tag: tag, Resolver: netip.MustParseAddr(resolverAddr), Ready: 2})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Resolver: netip.MustParseAddr(resolverAddr), Ready: 2})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	other := acquire(t, p, Policy{AllowInternet: true})
 	g, og := guest(t, s), guest(t, other)
@@ -88,6 +92,10 @@ func hostAddrs(t *testing.T) []string {
 }
 
 func TestOperatorsRangesReplaceAndOverruleTheDenied(t *testing.T) {
+	onBothKinds(t, testOperatorsRangesReplaceAndOverruleTheDenied)
+}
+
+func testOperatorsRangesReplaceAndOverruleTheDenied(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
 	for _, a := range []string{publicAddr, privateAddr, resolverAddr} {
@@ -95,6 +103,7 @@ func TestOperatorsRangesReplaceAndOverruleTheDenied(t *testing.T) {
 	}
 	cfg := Config{
 		Tag:   tag,
+		TAP:   tap,
 		Allow: prefixes(privateAddr + "/32"),
 		Deny:  prefixes("10.253.0.0/16", "198.51.100.0/24", "fc00::/7"),
 	}
@@ -110,11 +119,15 @@ func TestOperatorsRangesReplaceAndOverruleTheDenied(t *testing.T) {
 }
 
 func TestWhatTheOperatorAllowsIsNeverTheHostOrASlot(t *testing.T) {
+	onBothKinds(t, testWhatTheOperatorAllowsIsNeverTheHostOrASlot)
+}
+
+func testWhatTheOperatorAllowsIsNeverTheHostOrASlot(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
 	serve(t, outside, "tcp", privateAddr+":80")
 	serve(t, 0, "tcp", "0.0.0.0:18931")
-	p := openPool(t, Config{Tag: tag, Allow: prefixes("0.0.0.0/0")})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Allow: prefixes("0.0.0.0/0")})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	other := acquire(t, p, Policy{AllowInternet: true})
 	g := guest(t, s)
@@ -125,9 +138,13 @@ func TestWhatTheOperatorAllowsIsNeverTheHostOrASlot(t *testing.T) {
 }
 
 func TestWithoutInternetOnlyAnswersLeave(t *testing.T) {
+	onBothKinds(t, testWithoutInternetOnlyAnswersLeave)
+}
+
+func testWithoutInternetOnlyAnswersLeave(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
-	p := openPool(t, Config{Tag: tag, Resolver: netip.MustParseAddr(resolverAddr), Ready: 1})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Resolver: netip.MustParseAddr(resolverAddr), Ready: 1})
 	s := acquire(t, p, Policy{})
 	g := guest(t, s)
 	for _, network := range both {
@@ -146,10 +163,14 @@ func TestWithoutInternetOnlyAnswersLeave(t *testing.T) {
 }
 
 func TestSetPolicyAppliesToOpenConnections(t *testing.T) {
+	onBothKinds(t, testSetPolicyAppliesToOpenConnections)
+}
+
+func testSetPolicyAppliesToOpenConnections(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
 	serve(t, outside, "tcp", publicAddr+":80")
-	p := openPool(t, Config{Tag: tag})
+	p := openPool(t, Config{TAP: tap, Tag: tag})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	g := guest(t, s)
 	serve(t, g, "tcp", "0.0.0.0:8000")
@@ -189,9 +210,13 @@ func TestSetPolicyAppliesToOpenConnections(t *testing.T) {
 }
 
 func TestSetPolicyStopsWhatTheInternetSends(t *testing.T) {
+	onBothKinds(t, testSetPolicyStopsWhatTheInternetSends)
+}
+
+func testSetPolicyStopsWhatTheInternetSends(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
-	p := openPool(t, Config{Tag: tag})
+	p := openPool(t, Config{TAP: tap, Tag: tag})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	var server net.PacketConn
 	err := inside(outside, func() (err error) {
@@ -231,9 +256,13 @@ func TestSetPolicyStopsWhatTheInternetSends(t *testing.T) {
 }
 
 func TestForgedSourceAddressesDoNotLeave(t *testing.T) {
+	onBothKinds(t, testForgedSourceAddressesDoNotLeave)
+}
+
+func testForgedSourceAddressesDoNotLeave(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
-	p := openPool(t, Config{Tag: tag})
+	p := openPool(t, Config{TAP: tap, Tag: tag})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	var pc net.PacketConn
 	err := inside(outside, func() (err error) {
@@ -365,7 +394,11 @@ func TestAnotherFirewallThatDropsForwardedPacketsIsReported(t *testing.T) {
 }
 
 func TestIPv6IsOffButForTheGuestsLoopback(t *testing.T) {
-	p := openPool(t, Config{Tag: newTag(t)})
+	onBothKinds(t, testIPv6IsOffButForTheGuestsLoopback)
+}
+
+func testIPv6IsOffButForTheGuestsLoopback(t *testing.T, tap bool) {
+	p := openPool(t, Config{TAP: tap, Tag: newTag(t)})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	g := guest(t, s)
 	serve(t, g, "tcp", "[::1]:8000")

@@ -176,11 +176,9 @@ func (p *Pool) sweep(ctx context.Context, inUse []int) error {
 
 // adoptSlot finds a slot again that an earlier process made.
 func adoptSlot(tag string, i int) (*Slot, error) {
-	s := newSlot(tag, i, netip.Addr{})
-	for _, path := range []string{s.NetNS, s.InnerNetNS} {
-		if !isNamespace(path) {
-			return nil, fmt.Errorf("%s is no network namespace", path)
-		}
+	s, err := findKind(tag, i)
+	if err != nil {
+		return nil, err
 	}
 	link, err := netlink.LinkByName(linkName(tag, i))
 	if err != nil {
@@ -223,7 +221,7 @@ func (p *Pool) reserve() (*Slot, error) {
 		i := (p.next + n) % p.capacity()
 		if p.slots[i] == nil {
 			p.next = i + 1
-			s := newSlot(p.cfg.Tag, i, p.addrOf(i))
+			s := newSlot(p.cfg.Tag, i, p.addrOf(i), p.cfg.TAP)
 			p.slots[i] = &entry{slot: s}
 			return s, nil
 		}

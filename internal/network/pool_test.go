@@ -16,12 +16,17 @@ func TestMain(m *testing.M) {
 	if crashTag != "" {
 		runUntilKilled(crashTag)
 	}
+	if monitorTask != "" {
+		runAsMonitor(monitorTask)
+	}
 	goleak.VerifyTestMain(m)
 }
 
-func TestCloseLeavesNothingOnTheHost(t *testing.T) {
+func TestCloseLeavesNothingOnTheHost(t *testing.T) { onBothKinds(t, testCloseLeavesNothingOnTheHost) }
+
+func testCloseLeavesNothingOnTheHost(t *testing.T, tap bool) {
 	tag := newTag(t)
-	p := openPool(t, Config{Tag: tag, Ready: 3})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Ready: 3})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	if err := p.Release(t.Context(), s); err != nil {
 		t.Fatal(err)
@@ -43,12 +48,14 @@ func TestCloseLeavesNothingOnTheHost(t *testing.T) {
 	}
 }
 
-func TestCloseKeepsSlotsInUse(t *testing.T) {
+func TestCloseKeepsSlotsInUse(t *testing.T) { onBothKinds(t, testCloseKeepsSlotsInUse) }
+
+func testCloseKeepsSlotsInUse(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
 	serve(t, outside, "tcp", publicAddr+":80")
 	serve(t, outside, "tcp", privateAddr+":80")
-	p := openPool(t, Config{Tag: tag, Ready: 2})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Ready: 2})
 	s := acquire(t, p, Policy{AllowInternet: true})
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
@@ -56,11 +63,14 @@ func TestCloseKeepsSlotsInUse(t *testing.T) {
 	g := guest(t, s)
 	answers(t, g, "tcp", publicAddr+":80")
 	blocked(t, g, "tcp", privateAddr+":80")
-	want := []string{
-		"netns " + filepath.Base(s.NetNS), "netns " + filepath.Base(s.InnerNetNS),
-		"link " + linkName(tag, s.Index), "nftables table " + tableName(tag),
-		"route unreachable " + p.CIDR().String(),
+	want := []string{"netns " + filepath.Base(s.NetNS)}
+	if !tap {
+		want = append(want, "netns "+filepath.Base(s.InnerNetNS))
 	}
+	want = append(want,
+		"link "+linkName(tag, s.Index), "nftables table "+tableName(tag),
+		"route unreachable "+p.CIDR().String(),
+	)
 	if left := leftovers(t, tag); !slices.Equal(left, want) {
 		t.Errorf("left on the host: %v, want %v", left, want)
 	}
@@ -69,9 +79,11 @@ func TestCloseKeepsSlotsInUse(t *testing.T) {
 	}
 }
 
-func TestRemoveAllRemovesSlotsInUse(t *testing.T) {
+func TestRemoveAllRemovesSlotsInUse(t *testing.T) { onBothKinds(t, testRemoveAllRemovesSlotsInUse) }
+
+func testRemoveAllRemovesSlotsInUse(t *testing.T, tap bool) {
 	tag := newTag(t)
-	p := openPool(t, Config{Tag: tag})
+	p := openPool(t, Config{TAP: tap, Tag: tag})
 	acquire(t, p, Policy{})
 	acquire(t, p, Policy{AllowInternet: true})
 	for range 2 {
@@ -85,8 +97,12 @@ func TestRemoveAllRemovesSlotsInUse(t *testing.T) {
 }
 
 func TestManyCyclesInParallelLeakNothing(t *testing.T) {
+	onBothKinds(t, testManyCyclesInParallelLeakNothing)
+}
+
+func testManyCyclesInParallelLeakNothing(t *testing.T, tap bool) {
 	tag := newTag(t)
-	p := openPool(t, Config{Tag: tag, Ready: 4})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Ready: 4})
 	const workers, cycles = 8, 25
 	var mu sync.Mutex
 	held := map[netip.Addr]bool{}
@@ -137,8 +153,12 @@ func TestManyCyclesInParallelLeakNothing(t *testing.T) {
 }
 
 func TestAFullRangeIsAnErrorUntilASlotIsReleased(t *testing.T) {
+	onBothKinds(t, testAFullRangeIsAnErrorUntilASlotIsReleased)
+}
+
+func testAFullRangeIsAnErrorUntilASlotIsReleased(t *testing.T, tap bool) {
 	tag := newTag(t)
-	p := openPool(t, Config{Tag: tag, CIDR: netip.MustParsePrefix("10.254.66.8/30")})
+	p := openPool(t, Config{TAP: tap, Tag: tag, CIDR: netip.MustParsePrefix("10.254.66.8/30")})
 	first := acquire(t, p, Policy{})
 	second := acquire(t, p, Policy{})
 	if first.HostAddr.String() != "10.254.66.9" || second.HostAddr.String() != "10.254.66.11" {
@@ -156,10 +176,14 @@ func TestAFullRangeIsAnErrorUntilASlotIsReleased(t *testing.T) {
 }
 
 func TestFirstPacketOfANewSlotIsNotLost(t *testing.T) {
+	onBothKinds(t, testFirstPacketOfANewSlotIsNotLost)
+}
+
+func testFirstPacketOfANewSlotIsNotLost(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
 	serve(t, outside, "tcp", publicAddr+":80")
-	p := openPool(t, Config{Tag: tag, Resolver: netip.MustParseAddr(resolverAddr)})
+	p := openPool(t, Config{TAP: tap, Tag: tag, Resolver: netip.MustParseAddr(resolverAddr)})
 	for range 40 {
 		s := acquire(t, p, Policy{AllowInternet: true})
 		start := time.Now()
@@ -191,7 +215,11 @@ func TestPrepareRestoresWhatTheRuntimeTookOff(t *testing.T) {
 }
 
 func TestPrepareOfAReleasedSlotIsAnError(t *testing.T) {
-	p := openPool(t, Config{Tag: newTag(t)})
+	onBothKinds(t, testPrepareOfAReleasedSlotIsAnError)
+}
+
+func testPrepareOfAReleasedSlotIsAnError(t *testing.T, tap bool) {
+	p := openPool(t, Config{TAP: tap, Tag: newTag(t)})
 	s := acquire(t, p, Policy{})
 	if err := p.Release(t.Context(), s); err != nil {
 		t.Fatal(err)
@@ -204,10 +232,12 @@ func TestPrepareOfAReleasedSlotIsAnError(t *testing.T) {
 	}
 }
 
-func TestAFailedCreateLeavesNothing(t *testing.T) {
+func TestAFailedCreateLeavesNothing(t *testing.T) { onBothKinds(t, testAFailedCreateLeavesNothing) }
+
+func testAFailedCreateLeavesNothing(t *testing.T, tap bool) {
 	tag := newTag(t)
 	// Namespaces and links come about before the kernel refuses this address.
-	s := newSlot(tag, 7, netip.MustParseAddr("2001:db8::1"))
+	s := newSlot(tag, 7, netip.MustParseAddr("2001:db8::1"), tap)
 	if err := createSlot(tag, s, netip.Addr{}); err == nil {
 		t.Fatal("createSlot succeeded")
 	}
@@ -217,9 +247,11 @@ func TestAFailedCreateLeavesNothing(t *testing.T) {
 }
 
 // TestCostOfASlot prints what preparing and removing a slot takes.
-func TestCostOfASlot(t *testing.T) {
+func TestCostOfASlot(t *testing.T) { onBothKinds(t, testCostOfASlot) }
+
+func testCostOfASlot(t *testing.T, tap bool) {
 	tag := newTag(t)
-	p := openPool(t, Config{Tag: tag})
+	p := openPool(t, Config{TAP: tap, Tag: tag})
 	var create, policy, prepare, destroy []time.Duration
 	timed := func(to *[]time.Duration, fn func() error) {
 		start := time.Now()

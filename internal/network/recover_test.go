@@ -29,7 +29,7 @@ func runUntilKilled(tag string) {
 			os.Exit(1)
 		}
 	}
-	p, err := Open(ctx, Config{Tag: tag, Ready: 3}, nil)
+	p, err := Open(ctx, Config{Tag: tag, Ready: 3, TAP: os.Getenv("WRENN_NETWORK_TEST_TAP") != ""}, nil)
 	check(err)
 	for _, policy := range []Policy{{AllowInternet: true}, {}} {
 		s, err := p.Acquire(ctx, policy)
@@ -51,14 +51,18 @@ func runUntilKilled(tag string) {
 }
 
 func TestOpenRecoversFromAKilledProcess(t *testing.T) {
+	onBothKinds(t, testOpenRecoversFromAKilledProcess)
+}
+
+func testOpenRecoversFromAKilledProcess(t *testing.T, tap bool) {
 	tag := newTag(t)
 	outside := buildOutside(t, tag)
 	serve(t, outside, "tcp", publicAddr+":80")
 	serve(t, outside, "tcp", privateAddr+":80")
 	for round := range 5 {
-		open, closed := startAndKill(t, tag, 1+3*round)
+		open, closed := startAndKill(t, tag, tap, 1+3*round)
 
-		p, err := Open(t.Context(), Config{Tag: tag}, []int{open, closed, 30000})
+		p, err := Open(t.Context(), Config{TAP: tap, Tag: tag}, []int{open, closed, 30000})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -73,8 +77,8 @@ func TestOpenRecoversFromAKilledProcess(t *testing.T) {
 		if !ok {
 			t.Fatalf("slot %d is not adopted", closed)
 		}
-		// Two slots of three names, the table and the route.
-		if left := leftovers(t, tag); len(left) != 8 {
+		// Two slots with their names, the table and the route.
+		if left := leftovers(t, tag); len(left) != 2*namesOf(tap)+2 {
 			t.Errorf("after Open there is %v, want the adopted slots only", left)
 		}
 		answers(t, guest(t, a), "tcp", publicAddr+":80")
@@ -93,10 +97,13 @@ func TestOpenRecoversFromAKilledProcess(t *testing.T) {
 
 // startAndKill runs a process with slots, kills it after some cycles and returns
 // the indexes of the slots it held, with and without internet.
-func startAndKill(t *testing.T, tag string, cycles int) (open, closed int) {
+func startAndKill(t *testing.T, tag string, tap bool, cycles int) (open, closed int) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "WRENN_NETWORK_TEST_TAG="+tag)
+	if tap {
+		cmd.Env = append(cmd.Env, "WRENN_NETWORK_TEST_TAP=1")
+	}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -118,9 +125,11 @@ func startAndKill(t *testing.T, tag string, cycles int) (open, closed int) {
 	return open, closed
 }
 
-func TestOpenRemovesPartsOfSlots(t *testing.T) {
+func TestOpenRemovesPartsOfSlots(t *testing.T) { onBothKinds(t, testOpenRemovesPartsOfSlots) }
+
+func testOpenRemovesPartsOfSlots(t *testing.T, tap bool) {
 	tag := newTag(t)
-	p := openPool(t, Config{Tag: tag})
+	p := openPool(t, Config{TAP: tap, Tag: tag})
 	whole := acquire(t, p, Policy{})
 	noLink := acquire(t, p, Policy{})
 	noGuest := acquire(t, p, Policy{})
@@ -135,7 +144,7 @@ func TestOpenRemovesPartsOfSlots(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	again := openPool(t, Config{Tag: tag}, whole.Index, noLink.Index, noGuest.Index, 77)
+	again := openPool(t, Config{TAP: tap, Tag: tag}, whole.Index, noLink.Index, noGuest.Index, 77)
 	for _, c := range []struct {
 		index int
 		want  bool
@@ -144,14 +153,24 @@ func TestOpenRemovesPartsOfSlots(t *testing.T) {
 			t.Errorf("slot %d adopted: %v, want %v", c.index, ok, c.want)
 		}
 	}
-	if left := leftovers(t, tag); len(left) != 5 {
+	if left := leftovers(t, tag); len(left) != namesOf(tap)+2 {
 		t.Errorf("after Open there is %v, want one slot, the table and the route", left)
 	}
 }
 
-func TestTagsDoNotMeet(t *testing.T) {
+// namesOf is how many host-wide names a slot has.
+func namesOf(tap bool) int {
+	if tap {
+		return 2
+	}
+	return 3
+}
+
+func TestTagsDoNotMeet(t *testing.T) { onBothKinds(t, testTagsDoNotMeet) }
+
+func testTagsDoNotMeet(t *testing.T, tap bool) {
 	a, b := newTag(t), newTag(t)
-	pa, pb := openPool(t, Config{Tag: a}), openPool(t, Config{Tag: b})
+	pa, pb := openPool(t, Config{TAP: tap, Tag: a}), openPool(t, Config{TAP: tap, Tag: b})
 	if pa.CIDR().Overlaps(pb.CIDR()) {
 		t.Errorf("both got addresses in %s and %s", pa.CIDR(), pb.CIDR())
 	}
@@ -203,8 +222,12 @@ func TestBadTagsAreRefused(t *testing.T) {
 }
 
 func TestListsAreWholeWhileOthersChangeTheHost(t *testing.T) {
+	onBothKinds(t, testListsAreWholeWhileOthersChangeTheHost)
+}
+
+func testListsAreWholeWhileOthersChangeTheHost(t *testing.T, tap bool) {
 	tag, otherTag := newTag(t), newTag(t)
-	p, other := openPool(t, Config{Tag: tag}), openPool(t, Config{Tag: otherTag})
+	p, other := openPool(t, Config{TAP: tap, Tag: tag}), openPool(t, Config{TAP: tap, Tag: otherTag})
 	acquire(t, p, Policy{})
 	want := len(leftovers(t, tag))
 	stop := make(chan struct{})

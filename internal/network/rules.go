@@ -49,7 +49,15 @@ var (
 		equal(binaryutil.NativeEndian.PutUint32(0)),
 	}
 	isIPv6      = match{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, equal([]byte{unix.NFPROTO_IPV6})}
+	notRoot     = match{&expr.Meta{Key: expr.MetaKeySKUID, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}}
 	echoRequest = match{transport(0, 1), equal([]byte{8})}
+
+	// noSYN: the packet does not begin a TCP connection.
+	noSYN = match{
+		transport(13, 1),
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x17}, Xor: []byte{0}}, // FIN, SYN, RST, ACK
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{0x02}},
+	}
 
 	resetTCP        = match{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
 	portUnreachable = match{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3}}

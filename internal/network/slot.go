@@ -35,11 +35,13 @@ func createSlot(tag string, s *Slot, resolver netip.Addr) (err error) {
 			err = errors.Join(fmt.Errorf("create network slot %d: %w", s.Index, err), destroySlot(tag, s.Index))
 		}
 	}()
-	guest, err := createNamespace(s.InnerNetNS, guestSysctls)
-	if err != nil {
-		return err
+	guest := netns.None()
+	if s.TAP == "" {
+		if guest, err = createNamespace(s.InnerNetNS, guestSysctls); err != nil {
+			return err
+		}
+		defer guest.Close()
 	}
-	defer guest.Close()
 	nat, err := createNamespace(s.NetNS, natSysctls)
 	if err != nil {
 		return err
@@ -79,8 +81,8 @@ func setUpHostEnd(h *netlink.Handle, tag string, s *Slot, nat netns.NsHandle) (n
 	return link, addressAndUp(h, link, netip.PrefixFrom(s.HostAddr.Prev(), 31))
 }
 
-// setUpNAT runs in the NAT namespace: the pair of links to the guest, addresses,
-// the route out and the rules.
+// setUpNAT runs in the NAT namespace: the link to the guest, addresses, the route
+// out and the rules.
 func setUpNAT(s *Slot, guest netns.NsHandle, resolver netip.Addr) error {
 	if err := installSlotTable(s, resolver); err != nil {
 		return err
@@ -90,13 +92,6 @@ func setUpNAT(s *Slot, guest netns.NsHandle, resolver netip.Addr) error {
 		return err
 	}
 	defer h.Close()
-	down, err := addVeth(h, downlink, guestLink, guest)
-	if err != nil {
-		return err
-	}
-	if err := addressAndUp(h, down, gatewayPrefix); err != nil {
-		return err
-	}
 	up, err := h.LinkByName(uplink)
 	if err != nil {
 		return fmt.Errorf("find link %s: %w", uplink, err)
@@ -105,6 +100,21 @@ func setUpNAT(s *Slot, guest netns.NsHandle, resolver netip.Addr) error {
 		return err
 	}
 	if err := replaceDefaultRoute(h, up, s.HostAddr.Prev()); err != nil {
+		return err
+	}
+	if s.TAP != "" {
+		return setUpTAP(h) // it is up once a machine is attached
+	}
+	return setUpVeth(h, guest)
+}
+
+// setUpVeth makes the pair of links to the guest namespace.
+func setUpVeth(h *netlink.Handle, guest netns.NsHandle) error {
+	down, err := addVeth(h, downlink, guestLink, guest)
+	if err != nil {
+		return err
+	}
+	if err := addressAndUp(h, down, gatewayPrefix); err != nil {
 		return err
 	}
 	if err := inside(guest, setUpGuest); err != nil {
@@ -139,8 +149,14 @@ func setUpGuest() error {
 
 // Prepare puts address, link state and default route of the inner eth0 (back)
 // in place. gVisor takes them off the interface at each start, so callers call
-// it before every one.
+// it before every one. With a TAP there is nothing to do: the machine sets up its own.
 func (s *Slot) Prepare() error {
+	if s.TAP != "" {
+		if !isNamespace(s.NetNS) {
+			return fmt.Errorf("prepare network slot %d: %s is no network namespace", s.Index, s.NetNS)
+		}
+		return nil
+	}
 	ns, err := netns.GetFromPath(s.InnerNetNS)
 	if err != nil {
 		return fmt.Errorf("prepare network slot %d: %w", s.Index, err)
@@ -154,7 +170,7 @@ func (s *Slot) Prepare() error {
 
 // destroySlot removes whatever there is of slot i. It is idempotent.
 func destroySlot(tag string, i int) error {
-	s := newSlot(tag, i, netip.Addr{})
+	s := newSlot(tag, i, netip.Addr{}, false)
 	if err := errors.Join(
 		deleteLink(linkName(tag, i)),
 		removeNamespace(s.NetNS),

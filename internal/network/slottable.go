@@ -40,11 +40,19 @@ func installSlotTable(s *Slot, resolver netip.Addr) error {
 	in := hookedChain(c, t, "input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
 	addRule(c, in, icmp, echoRequest, accept)
 
+	// Whatever runs in this namespace is no part of the guest. A monitor that was taken
+	// over may open sockets here; what the kernel answers has none.
+	out := hookedChain(c, t, "output", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
+	addRule(c, out, notRoot, drop)
+
 	egress := addEgressChain(c, t, Policy{AllowInternet: true})
 	fwd := hookedChain(c, t, "forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
 	addRule(c, fwd, invalid, drop)
 	addRule(c, fwd, iif(uplink), original, dnatted, accept)
 	addRule(c, fwd, iif(downlink), reply, accept)
+	// A guest that went on elsewhere has connections that nobody else knows: it is told,
+	// so that its programs do not wait for answers.
+	addRule(c, fwd, iif(downlink), tcp, newFlow, noSYN, resetTCP)
 	addRule(c, fwd, iif(downlink), newFlow, over(maxFlows), drop)
 	addRule(c, fwd, jump(egress))
 	// What is not allowed fails at once instead of after the guest's timeout.
