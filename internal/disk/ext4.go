@@ -33,6 +33,10 @@ const (
 		"large_file,huge_file,dir_nlink,extra_isize,metadata_csum,resize_inode"
 )
 
+// mkfsConfig is the configuration of mke2fs: that it has nothing of its own to say
+// for any size of file system.
+const mkfsConfig = "[fs_types]\n ext4 = {\n }\n floppy = {\n }\n small = {\n }\n big = {\n }\n huge = {\n }\n"
+
 // MakeExt4 writes an ext4 image of what is below root: owners, modes, times, links
 // and extended attributes as they are. It is sparse, has next to no free room, and
 // can be grown while it is mounted. image is replaced if there is one, when the new
@@ -114,8 +118,9 @@ func measure(ctx context.Context, root string) (size, inodes int64, err error) {
 	inodes += inodes/20 + 64
 	inodes = max(inodes, blocks*blockSize/bytesPerIno)
 	data := blocks*blockSize + blocks*blockSize/50
-	size = data + inodes*inodeSize + journalMiB<<20 + 8<<20
 	const mib = 1 << 20
+	size = data + inodes*inodeSize + (journalMiB+8)*mib
+	size = max(size, 3*journalMiB*mib) // mke2fs wants a journal to be less than half
 	return (size + mib - 1) / mib * mib, inodes, nil
 }
 
@@ -137,7 +142,12 @@ func format(ctx context.Context, mkfs, root, image string, size, inodes int64) e
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,hash_seed="+imageUUID+",resize="+strconv.Itoa(growBlocks),
 		"-d", root, image)
 	// The host's defaults for new file systems are not ours.
-	cmd.Env = append(os.Environ(), "MKE2FS_CONFIG=/dev/null", "SOURCE_DATE_EPOCH=1", "LC_ALL=C")
+	config := image + ".conf"
+	if err := os.WriteFile(config, []byte(mkfsConfig), 0o600); err != nil {
+		return err
+	}
+	defer os.Remove(config)
+	cmd.Env = append(os.Environ(), "MKE2FS_CONFIG="+config, "SOURCE_DATE_EPOCH=1", "LC_ALL=C")
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
 	err := cmd.Run()
