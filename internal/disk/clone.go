@@ -24,7 +24,7 @@ const copyChunk = 16 << 20
 // sandbox.ErrExhausted.
 func Clone(ctx context.Context, src, dst string) error {
 	if err := clone(ctx, src, dst); err != nil {
-		return fmt.Errorf("clone disk %s: %w", src, full(err))
+		return fmt.Errorf("clone disk %s: %w", src, Full(err))
 	}
 	return nil
 }
@@ -114,24 +114,25 @@ func copyRange(ctx context.Context, out, in *os.File, from, to int64) error {
 func HoldsReflinks(dir string) (bool, error) {
 	src, err := os.CreateTemp(dir, ".reflink-")
 	if err != nil {
-		return false, fmt.Errorf("try reflinks: %w", full(err))
+		return false, fmt.Errorf("try reflinks: %w", Full(err))
 	}
 	defer os.Remove(src.Name())
 	defer src.Close()
 	dst, err := os.CreateTemp(dir, ".reflink-")
 	if err != nil {
-		return false, fmt.Errorf("try reflinks: %w", full(err))
+		return false, fmt.Errorf("try reflinks: %w", Full(err))
 	}
 	defer os.Remove(dst.Name())
 	defer dst.Close()
 	if _, err := src.Write(make([]byte, 4096)); err != nil {
-		return false, fmt.Errorf("try reflinks: %w", full(err))
+		return false, fmt.Errorf("try reflinks: %w", Full(err))
 	}
 	return unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil, nil
 }
 
-// full gives an error of a full disk its kind.
-func full(err error) error {
+// Full gives an error of a full disk its kind: sandbox.ErrExhausted. Others, and nil,
+// it returns as they are.
+func Full(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return &sandbox.Error{Kind: sandbox.ErrExhausted, Message: "the host's disk is full", Cause: err}
 	}

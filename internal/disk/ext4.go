@@ -18,8 +18,9 @@ import (
 const (
 	blockSize   = 4096
 	inodeSize   = 256
-	journalMiB  = 16
-	bytesPerIno = 16384 // of the grown disk: what mke2fs takes by default
+	bytesPerIno = 8192 // of the grown disk: half of what mke2fs takes by default, for trees of many small files
+
+	groupBytes = blockSize * blockSize * 8 // what one block of bits tells the use of
 
 	// Images grow up to this many blocks (1 TiB) while they are mounted, without
 	// moving anything: their tables of groups have room for it.
@@ -43,7 +44,7 @@ const mkfsConfig = "[fs_types]\n ext4 = {\n }\n floppy = {\n }\n small = {\n }\n
 // one is whole. A full disk gives sandbox.ErrExhausted.
 func MakeExt4(ctx context.Context, root, image string) error {
 	if err := makeExt4(ctx, root, image); err != nil {
-		return fmt.Errorf("make disk image of %s: %w", root, full(err))
+		return fmt.Errorf("make disk image of %s: %w", root, Full(err))
 	}
 	return nil
 }
@@ -82,6 +83,10 @@ func makeExt4(ctx context.Context, root, image string) error {
 	return os.Rename(out.Name(), image)
 }
 
+// journalMiB is the size of the journal for an image of size bytes: mke2fs wants the
+// journal below half of the image, and the kernel 4 MiB of it.
+func journalMiB(size int64) int64 { return max(4, min(16, size>>24)) }
+
 // measure estimates from above how large a file system for root must be, and how
 // many inodes it must have.
 func measure(ctx context.Context, root string) (size, inodes int64, err error) {
@@ -116,11 +121,14 @@ func measure(ctx context.Context, root string) (size, inodes int64, err error) {
 		return 0, 0, err
 	}
 	inodes += inodes/20 + 64
-	inodes = max(inodes, blocks*blockSize/bytesPerIno)
 	data := blocks*blockSize + blocks*blockSize/50
+	// A grown file system has as many inodes in each of its groups of blocks as this
+	// one; those that are not used take room in it and none on the host.
+	groups := (data + data/10 + groupBytes - 1) / groupBytes
+	inodes = max(inodes, groups*groupBytes/bytesPerIno)
+	size = data + inodes*inodeSize + 8<<20
+	size += journalMiB(size) << 20
 	const mib = 1 << 20
-	size = data + inodes*inodeSize + (journalMiB+8)*mib
-	size = max(size, 3*journalMiB*mib) // mke2fs wants a journal to be less than half
 	return (size + mib - 1) / mib * mib, inodes, nil
 }
 
@@ -138,7 +146,7 @@ func format(ctx context.Context, mkfs, root, image string, size, inodes int64) e
 	}
 	cmd := exec.CommandContext(ctx, mkfs, "-q", "-F",
 		"-b", strconv.Itoa(blockSize), "-I", strconv.Itoa(inodeSize), "-N", strconv.FormatInt(inodes, 10),
-		"-m", "0", "-J", "size="+strconv.Itoa(journalMiB), "-O", features, "-U", imageUUID,
+		"-m", "0", "-J", "size="+strconv.FormatInt(journalMiB(size), 10), "-O", features, "-U", imageUUID,
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,hash_seed="+imageUUID+",resize="+strconv.Itoa(growBlocks),
 		"-d", root, image)
 	// The host's defaults for new file systems are not ours.

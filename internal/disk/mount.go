@@ -23,7 +23,7 @@ const minXFS = 300 << 20
 // and used as it is: the size counts when the file is made.
 func Mount(ctx context.Context, dir, file string, size int64) error {
 	if err := mount(ctx, dir, file, size); err != nil {
-		return fmt.Errorf("set up a file system with reflinks at %s: %w", dir, full(err))
+		return fmt.Errorf("set up a file system with reflinks at %s: %w", dir, Full(err))
 	}
 	return nil
 }
@@ -90,7 +90,7 @@ func makeXFS(ctx context.Context, file string, size int64) error {
 	if err := errors.Join(out.Truncate(size), out.Close()); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, mkfs, "-q", "-K", "-m", "reflink=1", out.Name())
+	cmd := exec.CommandContext(ctx, mkfs, "-q", "-K", "-s", "size=4096", "-m", "reflink=1", out.Name())
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	if said, err := cmd.CombinedOutput(); err != nil {
 		if bytes.Contains(said, []byte("No space left on device")) {
