@@ -203,3 +203,7 @@ func full(err error) error {
 	}
 	return err
 }
+
+// Read fills p, of whole blocks and no longer than the run, from the run's start,
+// and checks what it reads.
+func (r Run) Read(p []byte) error { return r.read(p) }

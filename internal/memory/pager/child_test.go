@@ -1,0 +1,201 @@
+package pager
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// childEnv has the order of a child: this binary, that does with its memory what a
+// monitor does.
+const childEnv = "WRENN_PAGER_TEST_CHILD"
+
+type childOrder struct {
+	Mode    string
+	Socket  string
+	Memory  string // file with what the memory has to be
+	Size    int
+	Threads int
+	Huge    bool
+}
+
+func TestMain(m *testing.M) {
+	if order := os.Getenv(childEnv); order != "" {
+		var o childOrder
+		err := json.Unmarshal([]byte(order), &o)
+		if err == nil {
+			err = o.run()
+		}
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func (o childOrder) run() error {
+	debug.SetGCPercent(-1) // it would wait for threads that wait for pages
+	runtime.GOMAXPROCS(o.Threads + 2)
+	mem, fd, err := o.register()
+	if err != nil {
+		return err
+	}
+	if err := o.connect(mem, fd); err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	switch o.Mode {
+	case "touch":
+		return o.touch(mem)
+	case "mix":
+		return o.mix(mem)
+	}
+	return o.script(mem)
+}
+
+func (o childOrder) register() ([]byte, int, error) {
+	flags := unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
+	if o.Huge {
+		flags |= unix.MAP_HUGETLB
+	}
+	mem, err := unix.Mmap(-1, 0, o.Size, unix.PROT_READ|unix.PROT_WRITE, flags)
+	if err != nil {
+		return nil, 0, fmt.Errorf("map: %w", err)
+	}
+	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0)
+	if errno != 0 {
+		return nil, 0, fmt.Errorf("userfaultfd: %w", errno)
+	}
+	u := uffd{int(fd)}
+	api := [3]uint64{0xaa, 1<<2 | 1<<3 | 1<<6, 0} // events of remap, remove and unmap
+	if err := u.ioctl(0xc018aa3f, unsafe.Pointer(&api)); err != nil {
+		return nil, 0, fmt.Errorf("userfaultfd's API: %w", err)
+	}
+	reg := [4]uint64{uint64(uintptr(unsafe.Pointer(&mem[0]))), uint64(len(mem)), 1, 0} // missing pages
+	if err := u.ioctl(0xc020aa00, unsafe.Pointer(&reg)); err != nil {
+		return nil, 0, fmt.Errorf("register: %w", err)
+	}
+	return mem, u.fd, nil
+}
+
+// connect hands the memory over as Firecracker does.
+func (o childOrder) connect(mem []byte, fd int) error {
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: o.Socket, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	page := 4096
+	if o.Huge {
+		page = 2 << 20
+	}
+	half := len(mem) / 2 / page * page
+	base := uintptr(unsafe.Pointer(&mem[0]))
+	const one = `{"base_host_virt_addr":%d,"size":%d,"offset":%d,"page_size":%d,"page_size_kib":%[4]d}`
+	msg := "[" + fmt.Sprintf(one, base, half, 0, page) + "," + fmt.Sprintf(one, base+uintptr(half), len(mem)-half, half, page) + "]"
+	_, _, err = conn.WriteMsgUnix([]byte(msg), unix.UnixRights(fd), nil)
+	return err // the connection stays open, as Firecracker's does
+}
+
+func (o childOrder) each(f func(thread int) error) error {
+	errs := make([]error, o.Threads)
+	var wg sync.WaitGroup
+	for i := range o.Threads {
+		wg.Go(func() { errs[i] = f(i) })
+	}
+	wg.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// touch compares all pages from many threads, all in orders of their own.
+func (o childOrder) touch(mem []byte) error {
+	want, err := os.ReadFile(o.Memory)
+	if err != nil {
+		return err
+	}
+	return o.each(func(thread int) error {
+		for _, i := range rand.New(rand.NewPCG(uint64(thread), 0)).Perm(len(mem) / 4096) {
+			if !bytes.Equal(mem[i*4096:][:4096], want[i*4096:][:4096]) {
+				return fmt.Errorf("thread %d: page %d is wrong", thread, i)
+			}
+		}
+		return nil
+	})
+}
+
+// mix reads, writes and removes pages. Each thread has its own and knows what must
+// be in them.
+func (o childOrder) mix(mem []byte) error {
+	want, err := os.ReadFile(o.Memory)
+	if err != nil {
+		return err
+	}
+	pages := len(mem) / 4096
+	return o.each(func(thread int) error {
+		rnd := rand.New(rand.NewPCG(uint64(thread), 7))
+		for n := range 4000 {
+			i := rnd.IntN(pages/o.Threads)*o.Threads + thread
+			page, must := mem[i*4096:][:4096], want[i*4096:][:4096]
+			switch rnd.IntN(4) {
+			case 0:
+				if err := unix.Madvise(page, unix.MADV_DONTNEED); err != nil {
+					return err
+				}
+				clear(must)
+			case 1:
+				page[n%4096]++
+				must[n%4096]++
+			}
+			if !bytes.Equal(page, must) {
+				return fmt.Errorf("thread %d: page %d is wrong after %d steps", thread, i, n)
+			}
+		}
+		return nil
+	})
+}
+
+// script does what its standard input says, a line each: to read the first byte of
+// a page, to write it, or to remove a page.
+func (o childOrder) script(mem []byte) error {
+	lines := bufio.NewScanner(os.Stdin)
+	for lines.Scan() {
+		var (
+			op   string
+			page int
+		)
+		if _, err := fmt.Sscan(lines.Text(), &op, &page); err != nil {
+			return err
+		}
+		p := mem[page*4096:][:4096]
+		switch op {
+		case "read":
+			fmt.Println(p[0])
+		case "write":
+			p[0] = 255
+			fmt.Println("written")
+		case "remove":
+			if err := unix.Madvise(p, unix.MADV_DONTNEED); err != nil {
+				return err
+			}
+			fmt.Println("removed")
+		}
+	}
+	return nil
+}

@@ -1,0 +1,184 @@
+package pager
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// Client asks a pager. It may be used from several goroutines at once.
+type Client struct {
+	conn    net.Conn
+	mu      sync.Mutex // a request and its response at a time
+	answers chan response
+	gone    chan struct{} // closed when the connection is
+}
+
+// Dial connects to the pager at socket.
+func Dial(ctx context.Context, socket string) (*Client, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, fmt.Errorf("connect to pager: %w", err)
+	}
+	c := &Client{conn: conn, answers: make(chan response, 1), gone: make(chan struct{})}
+	go c.read()
+	resp, err := c.ask(ctx, request{Op: opHello})
+	if err == nil && resp.Version != Version {
+		err = fmt.Errorf("pager at %s speaks version %d, and this program %d: end its virtual machines and start it again", socket, resp.Version, Version)
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// Start connects to the pager at socket, and starts one with a command if there is
+// none. It outlives this process, and writes to log.
+func Start(ctx context.Context, socket string, command []string, log *os.File) (*Client, error) {
+	if c, err := Dial(ctx, socket); err == nil || ctx.Err() != nil {
+		return c, err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("start pager: %w", err)
+	}
+	defer r.Close()
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Stdout, cmd.Stderr = w, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return nil, fmt.Errorf("start pager: %w", err)
+	}
+	go func() { _ = cmd.Wait() }() // reaps it, if it ends before this process
+	stop := context.AfterFunc(ctx, func() { r.Close() })
+	defer stop()
+	// Another one may have been faster: then this one ends, and that one answers.
+	if line, err := bufio.NewReader(r).ReadString('\n'); err == nil && strings.TrimSpace(line) != Ready {
+		return nil, fmt.Errorf("start pager: it says %q", line)
+	}
+	return Dial(ctx, socket)
+}
+
+// Close lets go of the pager, which goes on.
+func (c *Client) Close() error {
+	err := c.conn.Close()
+	<-c.gone
+	return err
+}
+
+// Gone is closed when the pager has ended, or Close was called. The monitors of
+// its virtual machines hang then, and have to be ended.
+func (c *Client) Gone() <-chan struct{} { return c.gone }
+
+func (c *Client) read() {
+	defer close(c.gone)
+	dec := json.NewDecoder(c.conn)
+	for {
+		var r response
+		if dec.Decode(&r) != nil {
+			c.conn.Close()
+			return
+		}
+		select {
+		case c.answers <- r:
+		default: // nobody asked
+			c.conn.Close()
+			return
+		}
+	}
+}
+
+// errGone is for what is asked of a pager that has ended.
+var errGone = sandbox.Errorf(sandbox.ErrUnavailable, "the pager has ended")
+
+func (c *Client) ask(ctx context.Context, r request) (response, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b, err := json.Marshal(r)
+	if err != nil {
+		return response{}, fmt.Errorf("ask pager: %w", err)
+	}
+	if _, err := c.conn.Write(append(b, '\n')); err != nil {
+		return response{}, fmt.Errorf("ask pager: %w", errGone)
+	}
+	select {
+	case resp := <-c.answers:
+		return resp, resp.err()
+	case <-c.gone:
+		return response{}, fmt.Errorf("ask pager: %w", errGone)
+	case <-ctx.Done():
+		// Whatever is answered now would be taken for the answer to the next.
+		c.Close()
+		return response{}, ctx.Err()
+	}
+}
+
+func (r response) err() error {
+	if r.Error == "" {
+		return nil
+	}
+	for _, kind := range []error{sandbox.ErrInvalid, sandbox.ErrNotFound, sandbox.ErrConflict, sandbox.ErrExhausted, sandbox.ErrUnavailable} {
+		if r.Kind == kind.Error() {
+			return &sandbox.Error{Kind: kind, Message: r.Error}
+		}
+	}
+	return errors.New(r.Error)
+}
+
+// Register makes the socket of a virtual machine, whose monitor may connect when
+// it returns.
+func (c *Client) Register(ctx context.Context, vm VM) error {
+	_, err := c.ask(ctx, request{Op: opRegister, VM: &vm})
+	return err
+}
+
+// List gives all virtual machines, those that have ended too until they are
+// removed.
+func (c *Client) List(ctx context.Context) ([]Status, error) {
+	resp, err := c.ask(ctx, request{Op: opList})
+	return resp.VMs, err
+}
+
+// Status gives one; sandbox.ErrNotFound when it is not registered.
+func (c *Client) Status(ctx context.Context, id string) (Status, error) {
+	all, err := c.List(ctx)
+	if err != nil {
+		return Status{}, err
+	}
+	for _, st := range all {
+		if st.ID == id {
+			return st, nil
+		}
+	}
+	return Status{}, sandbox.Errorf(sandbox.ErrNotFound, "no virtual machine %q is registered", id)
+}
+
+// FinishRecording writes the working set with what was touched up to now.
+func (c *Client) FinishRecording(ctx context.Context, id string) error {
+	_, err := c.ask(ctx, request{Op: opFinishRecording, ID: id})
+	return err
+}
+
+// Remove forgets a virtual machine, and ends its monitor if it has not ended. It
+// returns how it was at the end.
+func (c *Client) Remove(ctx context.Context, id string) (Status, error) {
+	resp, err := c.ask(ctx, request{Op: opRemove, ID: id})
+	if err != nil || len(resp.VMs) != 1 {
+		return Status{}, err
+	}
+	return resp.VMs[0], nil
+}

@@ -1,0 +1,241 @@
+package pager
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	eventsAtOnce = 64
+	retryAfter   = 50 * time.Microsecond // the kernel says EAGAIN until the other thread runs
+	spin         = 20 * time.Microsecond // a thread that was served soon touches the next page
+	pieceSize    = 64 << 10              // is put in at once; a fault waits no longer than for that
+)
+
+// server serves the page faults of one virtual machine.
+type server struct {
+	*guest
+	file    *os.File // the userfaultfd
+	threads int
+	around  int64
+	record  *recorder
+
+	jobs  chan event
+	again []event // the reader's, which have to wait
+}
+
+// run serves until ctx ends, the process does, or there is something that cannot
+// be served.
+func (s *server) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	s.jobs = make(chan event, eventsAtOnce)
+	for range s.threads - 1 {
+		g.Go(func() error { return s.help(ctx) })
+	}
+	g.Go(func() error {
+		// Ends the read below.
+		stop := context.AfterFunc(ctx, func() { _ = s.file.SetReadDeadline(time.Unix(1, 0)) })
+		defer stop()
+		return s.read(ctx)
+	})
+	return g.Wait()
+}
+
+func (s *server) buffer() []byte { return make([]byte, max(s.page, pieceSize)) }
+
+// help serves what the reader hands on.
+func (s *server) help(ctx context.Context) error {
+	buf := s.buffer()
+	for {
+		select {
+		case e := <-s.jobs:
+			if err := retry(ctx, func() error { return s.serve(e, buf) }); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// retry does f until no change of the memory is in its way.
+func retry(ctx context.Context, f func() error) error {
+	for {
+		err := f()
+		if !errors.Is(err, errAgain) {
+			return err
+		}
+		if err := pause(ctx, retryAfter); err != nil {
+			return err
+		}
+	}
+}
+
+// pause waits for what gives no event.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *server) read(ctx context.Context) error {
+	raw, err := s.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	buf := s.buffer()
+	events := make([]event, 0, eventsAtOnce)
+	bytes := make([]byte, eventsAtOnce*eventSize)
+	for {
+		// Events that have to wait are tried again, and the next are read, without
+		// waiting for any.
+		if len(s.again) > 0 {
+			if err := pause(ctx, retryAfter); err != nil {
+				return err
+			}
+		}
+		events, err = s.next(ctx, raw, bytes, events[:0])
+		if err != nil {
+			return err
+		}
+		events = append(events, s.again...)
+		s.again = s.again[:0]
+		if err := s.serveAll(ctx, events, buf); err != nil {
+			return err
+		}
+	}
+}
+
+// next reads what events there are, and waits for one unless others wait to be
+// tried again.
+func (s *server) next(ctx context.Context, raw syscall.RawConn, bytes []byte, events []event) ([]event, error) {
+	var rerr error
+	read := func(fd uintptr) bool {
+		events, rerr = s.readEvents(int(fd), bytes, events)
+		return len(events) > 0 || rerr != nil || len(s.again) > 0
+	}
+	if len(s.again) == 0 {
+		for end := time.Now().Add(spin); time.Now().Before(end); {
+			if events, rerr = s.readEvents(s.uffd.fd, bytes, events); len(events) > 0 || rerr != nil {
+				return events, rerr
+			}
+		}
+	}
+	if err := raw.Read(read); err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, err
+	}
+	return events, rerr
+}
+
+// readEvents reads without waiting, and notes what is no fault.
+func (s *server) readEvents(fd int, bytes []byte, events []event) ([]event, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := unix.Read(fd, bytes)
+	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+		return events, nil
+	}
+	if err != nil {
+		return events, os.NewSyscallError("read userfaultfd", err)
+	}
+	if n == 0 {
+		return events, io.EOF
+	}
+	for b := bytes[:n]; len(b) >= eventSize; b = b[eventSize:] {
+		e := decodeEvent(b)
+		if e.kind == eventPageFault {
+			events = append(events, e)
+			continue
+		}
+		s.note(e)
+		s.hook("noted")
+	}
+	return events, nil
+}
+
+// serveAll serves faults, some by the helpers where there are many.
+func (s *server) serveAll(ctx context.Context, events []event, buf []byte) error {
+	if s.record != nil {
+		for _, e := range events {
+			s.record.add(s.guest, e)
+		}
+	}
+	for i, e := range events {
+		if s.threads > 1 && len(events)-i > 1 && i%s.threads != 0 {
+			select {
+			case s.jobs <- e:
+				continue
+			default: // they have enough to do
+			}
+		}
+		if err := s.serve(e, buf); errors.Is(err, errAgain) {
+			s.again = append(s.again, e)
+		} else if err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+func (s *server) serve(e event, buf []byte) error {
+	around := s.around
+	if s.record.active() {
+		around = s.page // what is put in with it is not seen to be touched
+	}
+	return s.fault(e, around, buf)
+}
+
+// recorder notes in which order pages are first touched.
+type recorder struct {
+	mu     sync.Mutex
+	seen   bitmap
+	blocks []uint32
+	done   bool
+}
+
+func (r *recorder) active() bool {
+	if r == nil {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.done
+}
+
+func (r *recorder) add(g *guest, e event) {
+	g.mu.RLock()
+	offset, ok := g.offset(e.b)
+	g.mu.RUnlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if page := offset / g.page; ok && !r.done && len(r.blocks) < maxSet && r.seen.set(page) {
+		r.blocks = append(r.blocks, uint32(page*g.page/4096))
+	}
+}
+
+// finish ends the recording and gives what it has. It gives nothing twice.
+func (r *recorder) finish() []uint32 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.done {
+		return nil
+	}
+	r.done = true
+	return r.blocks
+}
