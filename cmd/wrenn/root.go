@@ -102,6 +102,7 @@ func newRootCmd() *cobra.Command {
 		newDownCmd(),
 		newServerCmd(),
 		newAgentCmd(),
+		newPagerCmd(),
 		newRunCmd(),
 		newSandboxCmd(),
 		newSnapshotCmd(),

@@ -56,8 +56,9 @@ type response struct {
 
 // Pager is the process's state.
 type Pager struct {
-	log  *slog.Logger
-	hook func(string) // of tests
+	log    *slog.Logger
+	hook   func(string) // of tests
+	socket string
 
 	ctx context.Context // ends what serves virtual machines
 	wg  sync.WaitGroup
@@ -75,6 +76,7 @@ func Serve(ctx context.Context, socket string, log *slog.Logger, ready func()) e
 }
 
 func (p *Pager) serve(ctx context.Context, socket string, ready func()) error {
+	p.socket = socket
 	lock, err := os.OpenFile(socket+".lock", os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return fmt.Errorf("lock pager: %w", err)
@@ -85,6 +87,9 @@ func (p *Pager) serve(ctx context.Context, socket string, ready func()) error {
 			return sandbox.Errorf(sandbox.ErrConflict, "a pager is at %s already", socket)
 		}
 		return fmt.Errorf("lock pager: %w", err)
+	}
+	if err := p.endOrphans(); err != nil {
+		return err
 	}
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove old socket: %w", err)
@@ -200,7 +205,7 @@ func (p *Pager) register(vm VM) error {
 	if len(p.vms) >= maxVMs {
 		return sandbox.Errorf(sandbox.ErrExhausted, "%d virtual machines are registered", len(p.vms))
 	}
-	a, err := attach(vm, p.log, p.hook)
+	a, err := attach(vm, p.log, p.hook, p.noteMonitors)
 	if err != nil {
 		return err
 	}

@@ -502,3 +502,29 @@ func TestProtocol(t *testing.T) {
 		t.Errorf("a second pager: %v", err)
 	}
 }
+
+// TestOrphans ends monitors whose pager was killed when the next one starts.
+func TestOrphans(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, 16, 1, nil)
+	m := f.monitor(t, f.vm("a"), "script", 1, false)
+	m.ask(t, "read 1")
+	// What a pager that was killed leaves behind.
+	list, err := os.ReadFile(monitorsFile(f.dir + "/pager"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(monitorsFile(f.dir+"/next"), list, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	next := &Pager{log: f.pager.log, vms: map[string]*attachment{}}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	if err := next.serve(ctx, f.dir+"/next", cancel); err != nil {
+		t.Fatal(err)
+	}
+	var exit *exec.ExitError
+	if err := m.cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		t.Errorf("the monitor ends with %v, want it killed", err)
+	}
+}

@@ -84,6 +84,7 @@ type attachment struct {
 	listener *net.UnixListener
 	log      *slog.Logger
 	hook     func(string)
+	note     func() error // tells where monitors are noted that there is another
 	cancel   context.CancelFunc
 	done     chan struct{} // closed when nothing of it runs any more
 
@@ -95,11 +96,11 @@ type attachment struct {
 	prefetched time.Duration
 }
 
-func attach(vm VM, log *slog.Logger, hook func(string)) (_ *attachment, err error) {
+func attach(vm VM, log *slog.Logger, hook func(string), note func() error) (_ *attachment, err error) {
 	if err := vm.check(); err != nil {
 		return nil, err
 	}
-	a := &attachment{vm: vm, log: log.With("vm", vm.ID), hook: hook, state: StateWaiting, done: make(chan struct{})}
+	a := &attachment{vm: vm, log: log.With("vm", vm.ID), hook: hook, note: note, state: StateWaiting, done: make(chan struct{})}
 	if a.image, err = memory.Open(vm.Image); err != nil {
 		return nil, err
 	}
@@ -180,6 +181,9 @@ func (a *attachment) take(ctx context.Context, conn *net.UnixConn) (*monitor, er
 	a.mu.Lock()
 	a.monitor = p.ID
 	a.mu.Unlock()
+	if err := a.note(); err != nil {
+		return m, err
+	}
 	return m, m.shake(conn, a.image.Size())
 }
 

@@ -1,0 +1,41 @@
+package main
+
+import (
+	"cmp"
+	"log/slog"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn/wrenn/internal/memory/pager"
+)
+
+// pagerMemory is what the pager's own memory is kept to, with the images of
+// virtual machines left out: those are in the page cache.
+const pagerMemory = 512 << 20
+
+func newPagerCmd() *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "pager",
+		Short: "Serve the memory of resumed virtual machines (the host agent starts it)",
+		Long: `Serves the page faults of virtual machines that were resumed from a memory image,
+for all those of a host agent. The agent starts it, and it goes on when the agent
+ends. A virtual machine cannot go on without it: when the pager ends, by Ctrl-C or
+SIGTERM, those that it serves end too.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			debug.SetMemoryLimit(pagerMemory)
+			signal.Ignore(syscall.SIGHUP)
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+			defer stop()
+			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+			at := cmp.Or(socket, dataDir(dataFlag(cmd)).pagerSocket())
+			return pager.Serve(ctx, at, log, func() { pager.PrintReady(cmd.OutOrStdout()) })
+		},
+	}
+	cmd.Flags().StringVar(&socket, "socket", "", "where it listens (default: agent/pager.sock in the data directory)")
+	return cmd
+}
