@@ -58,6 +58,11 @@ func Check(ctx context.Context, opts Options) []Result {
 		h.memory(),
 		openFiles(),
 		clock(),
+		h.kvm(),
+		monitors(),
+		h.tap(),
+		guestKernel(opts.DataDir),
+		reflinks(opts.DataDir),
 	}
 	if opts.Listen != "" {
 		results = append(results, port(ctx, opts.Listen, opts.Running))

@@ -76,6 +76,11 @@ func TestVerdictsOnHostsOfManyKinds(t *testing.T) {
 		{"forwarding off", host.forwarding, map[string]string{"proc/sys/net/ipv4/ip_forward": "0\n"}, Warn},
 		{"forwarding on", host.forwarding, map[string]string{"proc/sys/net/ipv4/ip_forward": "1\n"}, OK},
 
+		{"no virtualisation", host.kvm, nil, Warn},
+		{"something else at /dev/kvm", host.kvm, map[string]string{"dev/kvm": ""}, Warn},
+		{"no TUN/TAP", host.tap, nil, Warn},
+		{"TUN/TAP", host.tap, map[string]string{"dev/net/tun": ""}, OK},
+
 		{"plenty of memory", host.memory, map[string]string{"proc/meminfo": "MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\n"}, OK},
 		{"little memory", host.memory, map[string]string{"proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 524288 kB\n"}, Warn},
 		{"hardly any memory", host.memory, map[string]string{"proc/meminfo": "MemTotal: 262144 kB\nMemAvailable: 100000 kB\n"}, Fail},
@@ -102,6 +107,36 @@ func TestThisHostPassesAsRoot(t *testing.T) {
 		if r.Verdict == Fail {
 			t.Errorf("%s: %s (%s)", r.Name, r.Detail, r.Remedy)
 		}
+	}
+}
+
+func TestTheGuestKernelIsFoundInTheDataDirectory(t *testing.T) {
+	dir := t.TempDir()
+	if r := guestKernel(dir); r.Verdict != Warn || r.Remedy == "" {
+		t.Errorf("without one: got %+v", r)
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "kernels", "6.1"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("6.1", filepath.Join(dir, "kernels", "current")); err != nil {
+		t.Fatal(err)
+	}
+	if r := guestKernel(dir); r.Verdict != OK || r.Detail != "6.1" {
+		t.Errorf("with one: got %+v", r)
+	}
+}
+
+func TestReflinksAreTriedWhereTheDataDirectoryWillBe(t *testing.T) {
+	dir := t.TempDir()
+	there, missing := reflinks(dir), reflinks(filepath.Join(dir, "not", "yet"))
+	if there != missing {
+		t.Errorf("got %+v, and where the directory is not yet %+v", there, missing)
+	}
+	if there.Verdict == Fail {
+		t.Errorf("got %+v: nobody but virtual machines needs them", there)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left %v (%v)", left, err)
 	}
 }
 
