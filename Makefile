@@ -9,7 +9,7 @@
 
 DATA   ?= $(or $(WRENN_DATA),/var/lib/wrenn)
 LISTEN ?= localhost:7080
-BENCH  ?= lifecycle density churn envd terminal proxy
+BENCH  ?= lifecycle density churn envd terminal proxy memory
 
 # Both are found out when first needed, and once.
 GO      = $(eval GO := $$(shell scripts/go.sh))$(GO)

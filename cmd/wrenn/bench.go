@@ -34,6 +34,8 @@ func newBenchCmd() *cobra.Command {
 		newEnvdFloorCmd(),
 		newProxyBenchmark(),
 		newProxyServeCmd(),
+		newMemoryBenchmark(),
+		newMemoryChildCmd(),
 	)
 	return cmd
 }

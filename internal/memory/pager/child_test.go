@@ -6,15 +6,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"sync"
 	"testing"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/memory/pager/pagertest"
 )
 
 // childEnv has the order of a child: this binary, that does with its memory what a
@@ -49,13 +49,14 @@ func TestMain(m *testing.M) {
 func (o childOrder) run() error {
 	debug.SetGCPercent(-1) // it would wait for threads that wait for pages
 	runtime.GOMAXPROCS(o.Threads + 2)
-	mem, fd, err := o.register()
+	m, err := pagertest.Map(o.Size, o.Huge)
 	if err != nil {
 		return err
 	}
-	if err := o.connect(mem, fd); err != nil {
+	if err := m.Connect(o.Socket); err != nil {
 		return err
 	}
+	mem := m.Bytes
 	fmt.Println("ready")
 	switch o.Mode {
 	case "touch":
@@ -64,49 +65,6 @@ func (o childOrder) run() error {
 		return o.mix(mem)
 	}
 	return o.script(mem)
-}
-
-func (o childOrder) register() ([]byte, int, error) {
-	flags := unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
-	if o.Huge {
-		flags |= unix.MAP_HUGETLB
-	}
-	mem, err := unix.Mmap(-1, 0, o.Size, unix.PROT_READ|unix.PROT_WRITE, flags)
-	if err != nil {
-		return nil, 0, fmt.Errorf("map: %w", err)
-	}
-	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0)
-	if errno != 0 {
-		return nil, 0, fmt.Errorf("userfaultfd: %w", errno)
-	}
-	u := uffd{int(fd)}
-	api := [3]uint64{0xaa, 1<<2 | 1<<3 | 1<<6, 0} // events of remap, remove and unmap
-	if err := u.ioctl(0xc018aa3f, unsafe.Pointer(&api)); err != nil {
-		return nil, 0, fmt.Errorf("userfaultfd's API: %w", err)
-	}
-	reg := [4]uint64{uint64(uintptr(unsafe.Pointer(&mem[0]))), uint64(len(mem)), 1, 0} // missing pages
-	if err := u.ioctl(0xc020aa00, unsafe.Pointer(&reg)); err != nil {
-		return nil, 0, fmt.Errorf("register: %w", err)
-	}
-	return mem, u.fd, nil
-}
-
-// connect hands the memory over as Firecracker does.
-func (o childOrder) connect(mem []byte, fd int) error {
-	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: o.Socket, Net: "unix"})
-	if err != nil {
-		return err
-	}
-	page := 4096
-	if o.Huge {
-		page = 2 << 20
-	}
-	half := len(mem) / 2 / page * page
-	base := uintptr(unsafe.Pointer(&mem[0]))
-	const one = `{"base_host_virt_addr":%d,"size":%d,"offset":%d,"page_size":%d,"page_size_kib":%[4]d}`
-	msg := "[" + fmt.Sprintf(one, base, half, 0, page) + "," + fmt.Sprintf(one, base+uintptr(half), len(mem)-half, half, page) + "]"
-	_, _, err = conn.WriteMsgUnix([]byte(msg), unix.UnixRights(fd), nil)
-	return err // the connection stays open, as Firecracker's does
 }
 
 func (o childOrder) each(f func(thread int) error) error {
