@@ -84,7 +84,7 @@ func testBoot(t *testing.T, k Kernel, image string) {
 	if r.Release != k.Version {
 		t.Errorf("the machine runs %q, want %q", r.Release, k.Version)
 	}
-	if r.MiB < 2000 || r.MiB > 2048 {
+	if r.MiB < 1950 || r.MiB > 2048 {
 		t.Errorf("the root has %d MiB on a disk of 2048", r.MiB)
 	}
 	if r.Write != "<nil>" {
