@@ -190,7 +190,7 @@ func (a *Agent) filesOf(ctx context.Context, m *managed, o origin) (origin, erro
 	if err := errors.Join(os.RemoveAll(files.Dir), os.Mkdir(files.Dir, 0o700)); err != nil {
 		return o, fmt.Errorf("make image directory: %w", err)
 	}
-	if err := u.inst.Snapshot(ctx, files, true); err != nil {
+	if err := a.takeImage(ctx, u, files, true); err != nil {
 		return o, errors.Join(err, os.RemoveAll(files.Dir))
 	}
 	o.image, o.token, o.guestInit = files, "", a.cfg.GuestInit

@@ -84,6 +84,23 @@ func (a *Agent) undoPause(m *managed, u *unit) {
 	}
 }
 
+// syncTime is how long a guest may take to write its files to its disk.
+const syncTime = 20 * time.Second
+
+// takeImage takes an image of u. One of its files alone has what is on its disk, so
+// the guest is asked to write that; a guest that does not answer is taken as it is,
+// as after a loss of power.
+func (a *Agent) takeImage(ctx context.Context, u *unit, image runtime.Image, pause bool) error {
+	if image.Kind == runtime.ImageFiles {
+		sctx, cancel := context.WithTimeout(ctx, syncTime)
+		if err := u.guest.Sync(sctx); err != nil {
+			a.log.Warn("guest does not write its files to its disk; the image has what is there", "instance", u.id, "err", err)
+		}
+		cancel()
+	}
+	return u.inst.Snapshot(ctx, image, pause)
+}
+
 // writeAndSeal writes an image of u at dir, whole or not at all.
 func (a *Agent) writeAndSeal(ctx context.Context, u *unit, dir string, m manifest, pause bool) (im image, err error) {
 	if err := a.admitDisk(); err != nil {
@@ -93,7 +110,7 @@ func (a *Agent) writeAndSeal(ctx context.Context, u *unit, dir string, m manifes
 	if err != nil {
 		return im, err
 	}
-	if err := u.inst.Snapshot(ctx, runtime.Image{Dir: tmp, Kind: m.Kind}, pause); err != nil {
+	if err := a.takeImage(ctx, u, runtime.Image{Dir: tmp, Kind: m.Kind}, pause); err != nil {
 		return im, errors.Join(context.Cause(ctx), u.ended(err), err, os.RemoveAll(tmp))
 	}
 	if im, err = seal(dir, m); err != nil {

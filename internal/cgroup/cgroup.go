@@ -99,7 +99,8 @@ func (hs Trees) processes(group string) ([]process.ID, error) {
 		}
 		for _, field := range bytes.Fields(data) {
 			pid, err := strconv.Atoi(string(field))
-			if err != nil || pid <= 0 || slices.ContainsFunc(found, func(p process.ID) bool { return p.PID == pid }) {
+			// A thread of this process may be on its way through (Enter).
+			if err != nil || pid <= 0 || pid == os.Getpid() || slices.ContainsFunc(found, func(p process.ID) bool { return p.PID == pid }) {
 				continue
 			}
 			p, err := process.Identify(pid)
@@ -337,4 +338,138 @@ func readField(path, name string) (int64, error) {
 		}
 	}
 	return 0, fmt.Errorf("%s has no field %s", path, name)
+}
+
+// Limits are what the processes of a group may use together. Zero is any amount.
+type Limits struct {
+	MemoryBytes int64   // without swap
+	CPUs        float64 // processors' worth of time
+	PIDs        int64   // tasks
+}
+
+// cpuPeriod is the time over which use of the processors is evened out, in
+// microseconds: the kernel's default.
+const cpuPeriod = 100_000
+
+// Create makes a group with its limits, below a parent that is made if need be.
+// What of the limits the host's kernel cannot hold is an error. A group that is
+// there already is one too.
+func (hs Trees) Create(group string, limits Limits) error {
+	made := false
+	for _, h := range hs {
+		if !h.v2 && !slices.ContainsFunc(h.controllers, func(c string) bool { return slices.Contains(controllers, c) }) {
+			continue
+		}
+		parent := filepath.Join(h.path, filepath.Dir(group))
+		if err := os.MkdirAll(parent, 0o755); err != nil {
+			return fmt.Errorf("create cgroup: %w", err)
+		}
+		if h.v2 {
+			delegate(filepath.Dir(parent))
+			delegate(parent)
+		}
+		if err := os.Mkdir(filepath.Join(h.path, group), 0o755); err != nil {
+			return fmt.Errorf("create cgroup: %w", err)
+		}
+		made = true
+	}
+	if !made {
+		return errors.New("create cgroup: no tree has a controller for memory, cpu or pids")
+	}
+	return hs.limit(group, limits)
+}
+
+// controllers are those that limits or figures are wanted of.
+var controllers = []string{"cpu", "cpuacct", "memory", "pids"}
+
+// delegate lets groups below a group of version 2 have controllers. Each is asked
+// for alone, since one that is missing would spoil the others.
+func delegate(dir string) {
+	for _, c := range controllers {
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+c), 0) // what is missing shows where it is used
+	}
+}
+
+func (hs Trees) limit(group string, limits Limits) error {
+	if limits.MemoryBytes > 0 {
+		if err := hs.LimitMemory(group, limits.MemoryBytes); err != nil {
+			return err
+		}
+	}
+	if limits.CPUs > 0 {
+		quota := int64(limits.CPUs * cpuPeriod)
+		path, isV2 := hs.file(group, "cpu", "cpu.cfs_quota_us", "cpu.max")
+		text := strconv.FormatInt(quota, 10)
+		if isV2 {
+			text += " " + strconv.Itoa(cpuPeriod)
+		}
+		if err := os.WriteFile(path, []byte(text), 0); err != nil {
+			return fmt.Errorf("limit processors: %w", err)
+		}
+	}
+	if limits.PIDs > 0 {
+		path, _ := hs.file(group, "pids", "pids.max", "pids.max")
+		if err := writeNumber(path, limits.PIDs); err != nil {
+			return fmt.Errorf("limit tasks: %w", err)
+		}
+	}
+	return nil
+}
+
+// Enter moves the calling thread, which must be locked to its goroutine, into the
+// group: what it forks is there from its first instruction on. leave takes the
+// thread back, wherever its root directory is then, and must be called. In the tree
+// of version 2 a thread cannot be alone: there the child is started in the Directory.
+func (hs Trees) Enter(group string) (leave func() error, err error) {
+	home, err := os.ReadFile("/proc/thread-self/cgroup")
+	if err != nil {
+		return nil, fmt.Errorf("enter cgroup %s: %w", group, err)
+	}
+	var back []*os.File
+	leave = func() error {
+		var errs []error
+		for _, f := range back {
+			_, err := f.WriteString(strconv.Itoa(unix.Gettid()))
+			errs = append(errs, err, f.Close())
+		}
+		return errors.Join(errs...)
+	}
+	for _, h := range hs {
+		tasks := filepath.Join(h.path, group, "tasks")
+		if _, err := os.Lstat(tasks); h.v2 || err != nil {
+			continue
+		}
+		f, err := os.OpenFile(filepath.Join(h.path, h.groupIn(string(home)), "tasks"), os.O_WRONLY, 0)
+		if err == nil {
+			back = append(back, f)
+			err = os.WriteFile(tasks, []byte(strconv.Itoa(unix.Gettid())), 0)
+		}
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("enter cgroup %s: %w", group, err), leave())
+		}
+	}
+	return leave, nil
+}
+
+// groupIn is the group in this tree by what /proc/PID/cgroup says: lines of
+// "number:controllers:group".
+func (h hierarchy) groupIn(said string) string {
+	for line := range strings.Lines(said) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) == 3 && slices.Contains(h.controllers, strings.Split(parts[1], ",")[0]) {
+			return parts[2]
+		}
+	}
+	return "/"
+}
+
+// Directory opens the group's directory in the tree of version 2, for a process to
+// be started in it (clone3's CLONE_INTO_CGROUP). It is nil where there is none.
+func (hs Trees) Directory(group string) (*os.File, error) {
+	for _, h := range hs {
+		if h.v2 {
+			return os.Open(filepath.Join(h.path, group))
+		}
+	}
+	return nil, nil
 }

@@ -59,11 +59,30 @@ func (a *Agent) servePowerOff(w http.ResponseWriter, r *http.Request) {
 	a.machine.Stop()
 }
 
+// serveSync serves POST /sync: the host is about to take an image of the disk, on
+// which what has been written has to be. Where the sandbox has no disk of its own,
+// there is nothing to do.
+func (a *Agent) serveSync(w http.ResponseWriter, _ *http.Request) {
+	if a.machine != nil {
+		unix.Sync()
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// remoteAddr is the other end of the connection that a request came by.
+func remoteAddr(r *http.Request) netip.AddrPort {
+	remote, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port())
+}
+
 // fromHost reports whether a request comes from outside the machine, where only
 // the host can reach this port under a route that its proxy refuses.
 func (a *Agent) fromHost(r *http.Request) bool {
-	remote, err := netip.ParseAddrPort(r.RemoteAddr)
-	return err == nil && a.machine.Outside(remote.Addr().Unmap())
+	remote := remoteAddr(r)
+	return remote.IsValid() && a.machine.Outside(remote.Addr())
 }
 
 func (a *Agent) serveMetrics(w http.ResponseWriter, _ *http.Request) {

@@ -135,7 +135,7 @@ func (a *Agent) serveInit(w http.ResponseWriter, r *http.Request) {
 	// The clock of the host may have been set back since this memory was put aside:
 	// what tells of a resume is no old request, whatever its time.
 	if req.Timestamp == nil || req.Timestamp.After(a.init.last) || a.init.resumed(req) {
-		if err := a.apply(req, arrival); err != nil {
+		if err := a.apply(req, arrival, remoteAddr(r)); err != nil {
 			a.log.Error("init failed", "error", err)
 			files.WriteError(w, http.StatusInternalServerError, err)
 			return
@@ -167,7 +167,7 @@ func (a *Agent) mayInit(r *http.Request, token string) bool {
 
 // apply does what a valid request says. What can fail comes first: on an error
 // nothing else has changed.
-func (a *Agent) apply(req initRequest, arrival time.Time) error {
+func (a *Agent) apply(req initRequest, arrival time.Time, asker netip.AddrPort) error {
 	if a.ownsMachine && req.CABundle != "" {
 		if err := machine.TrustAuthorities("/", req.CABundle); err != nil {
 			return err
@@ -196,7 +196,7 @@ func (a *Agent) apply(req initRequest, arrival time.Time) error {
 		a.nameEvents(req.events)
 	}
 	if resumed {
-		a.wake()
+		a.wake(asker)
 	}
 	a.log.Info("initialized", "sandbox_id", req.SandboxID, "template_id", req.TemplateID, "lifecycle_id", req.LifecycleID,
 		"secured", req.AccessToken != "", "default_user", a.settings.User(), "env_vars", len(req.EnvVars))
@@ -236,9 +236,10 @@ func (a *Agent) nameEvents(addr netip.Addr) {
 }
 
 // wake repairs what a boot or resume on another host has changed, once for each.
-func (a *Agent) wake() {
+// asker is the other end of the connection by which that is told.
+func (a *Agent) wake(asker netip.AddrPort) {
 	if a.machine != nil {
-		if err := a.machine.Resumed(); err != nil {
+		if err := a.machine.Resumed(asker); err != nil {
 			a.log.Warn("network not repaired after a resume", "error", err)
 		}
 	}

@@ -161,6 +161,7 @@ func (a *Agent) routes() http.Handler {
 	guarded.HandleFunc("GET /envs", a.serveEnvs)
 	guarded.HandleFunc("GET /logs", a.serveLogs)
 	guarded.HandleFunc("POST /poweroff", a.servePowerOff)
+	guarded.HandleFunc("POST /sync", a.serveSync)
 	guarded.HandleFunc("POST /files/compose", transfer.Compose)
 	// Messages may come compressed, but answers are not: they go over a link to
 	// the host next door, and the sandbox's processors are its user's.

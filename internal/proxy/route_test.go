@@ -162,7 +162,7 @@ func TestInternalRoutesOfTheAgentAreNotReachable(t *testing.T) {
 		return res.StatusCode, body
 	}
 	for _, target := range []string{
-		"/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw", "/upgrade", "/logs", "/poweroff", "/%70oweroff",
+		"/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw", "/upgrade", "/logs", "/poweroff", "/sync", "/%70oweroff",
 		"//init", "///init", "/./init", "/x/../init", "/init/", "/init/x", "/init?x=1", "/init?", "/%69nit", "/%2569nit", "/%2Finit",
 		"/%2e/init", "/..%2finit", "/INIT", "/init;x", "/init%3bx", "/init%00", "/init%20", `/\init`, "/a%2f..%2finit", "/%69%6E%69%74",
 		"http://x.test/init", "http://x.test//init", "/../../init", "/%5cinit",

@@ -48,7 +48,7 @@ func rawTarget(r *http.Request) (requestTarget, bool) {
 // agentRoutes are served by the guest agent for its host alone.
 var agentRoutes = map[string]bool{
 	"init": true, "freeze": true, "unfreeze": true, "collapse": true,
-	"fsfreeze": true, "fsthaw": true, "upgrade": true, "logs": true, "poweroff": true,
+	"fsfreeze": true, "fsthaw": true, "upgrade": true, "logs": true, "poweroff": true, "sync": true,
 }
 
 // agentInternal reports whether any reading of an escaped path leads to one of

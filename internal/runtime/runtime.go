@@ -33,7 +33,8 @@ type Runtime interface {
 	// Restore starts an instance from an image that Snapshot has written, and
 	// returns once the guest goes on from where it was: with ImageMemory its
 	// processes, listeners and terminals are there and connections to outside are
-	// not; with ImageFiles its init starts anew on the files of the image. cfg is
+	// not, at the latest once the guest agent has been told (/init): a guest with a
+	// kernel of its own closes them then, and takes its Hostname; with ImageFiles its init starts anew on the files of the image. cfg is
 	// that of the instance the image was taken of but for ID, Dir, Slot and
 	// Hostname. The image is only read, and may be restored from many times, also
 	// at once. A failed Restore leaves nothing, as Create does. An image that is
@@ -103,6 +104,9 @@ type Instance interface {
 	// time. When it returns without an error the files are whole, but not synced.
 	// On an error the instance goes on all the same, and what was written is for
 	// the caller to remove. A full disk is sandbox.ErrExhausted.
+	//
+	// Of files an image has what the guest has handed to its disk: the guest agent
+	// is asked to first (/sync), and nothing else need be.
 	//
 	// With pause the guest does nothing any more after a Snapshot that returned
 	// without an error: what it would do is not in the image. Stop is all that can

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"sync"
@@ -44,13 +45,16 @@ func Boot() *Machine {
 		m.try("mount", err)
 	}
 	m.log = slog.New(slog.NewTextHandler(OpenConsole("/dev/console"), nil))
-	m.watchSignals()
+	own := m.watchSignals()
 	m.params = readParams("/proc/cmdline")
 	for _, err := range m.params.invalid {
 		m.try("read parameter", err)
 	}
 	for _, err := range setSysctls("/proc/sys") {
 		m.try("set sysctl", err)
+	}
+	if own {
+		m.try("set up memory", keepWorkingSet("/sys"))
 	}
 	m.try("set hostname", m.setName(m.params.Hostname))
 	m.try("write resolver", writeResolver("/etc/resolv.conf", m.params.Resolvers))
@@ -76,13 +80,14 @@ func (m *Machine) Problems() []error { return m.problems }
 // Params returns what the kernel's command line says.
 func (m *Machine) Params() Params { return m.params }
 
-// Resumed repairs what another host may have changed under the machine: its
-// network. It changes nothing that is as it should be.
-func (m *Machine) Resumed() error {
+// Resumed repairs what another host may have changed under the machine, its
+// network, and closes the connections that were open before, but for the one whose
+// other end is asker. It changes nothing else that is as it should be.
+func (m *Machine) Resumed(asker netip.AddrPort) error {
 	if err := configure(m.params); err != nil {
 		return fmt.Errorf("set up network: %w", err)
 	}
-	return nil
+	return m.closeConnections(asker)
 }
 
 // Stopped ends when somebody has asked for the machine's end.
@@ -93,8 +98,9 @@ func (m *Machine) Stop() { m.off() }
 
 // watchSignals takes every signal away from Go's defaults, which would end the
 // process, and with it the machine, for a hang-up. The signals by which init is
-// asked to power off, ctrl-alt-del among them, do that.
-func (m *Machine) watchSignals() {
+// asked to power off, ctrl-alt-del among them, do that. own says whether the kernel
+// is this process's own, and not a namespace's.
+func (m *Machine) watchSignals() (own bool) {
 	// Nobody reads these: what is sent is dropped. Ignoring signals
 	// instead would be inherited by every program.
 	signal.Notify(make(chan os.Signal, 1))
@@ -106,7 +112,7 @@ func (m *Machine) watchSignals() {
 	}()
 	// Without this the kernel resets the machine on ctrl-alt-del itself. Only the
 	// machine's own first process may say so, and not one of a namespace.
-	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
+	return unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF) == nil
 }
 
 // ownProcess gives this process, and so all others, what a login would find: the

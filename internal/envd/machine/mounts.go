@@ -180,3 +180,18 @@ func mountedBelow(mountinfo string) (paths []string) {
 func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
+
+// keepWorkingSet has the kernel end a process when memory is so short that what was
+// used in the last second would have to go. Without it a machine that has no swap
+// spends minutes reading its own programs from the disk again and again before that.
+// Interface: kernel documentation, admin-guide/mm/multigen_lru.rst; Linux 6.1.
+func keepWorkingSet(sys string) error {
+	dir := filepath.Join(sys, "kernel/mm/lru_gen")
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "enabled"), []byte("y"), 0),
+		os.WriteFile(filepath.Join(dir, "min_ttl_ms"), []byte("1000"), 0),
+	)
+}

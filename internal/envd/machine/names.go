@@ -31,8 +31,7 @@ type Alias struct {
 	Name string
 }
 
-// Name makes id the hostname, unless the kernel's command line or a user has
-// chosen another one.
+// Name makes id the hostname, unless a user has chosen another one.
 func (m *Machine) Name(id string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -40,7 +39,7 @@ func (m *Machine) Name(id string) error {
 	if err != nil {
 		return fmt.Errorf("read hostname: %w", err)
 	}
-	if m.params.Hostname != "" || id == now || now != m.named || !validName(id) {
+	if id == now || now != m.named || !validName(id) {
 		return nil
 	}
 	return m.setNameLocked(id)
@@ -102,7 +101,12 @@ func WriteHosts(path string, aliases []Alias) error {
 		fmt.Fprintf(&block, "%s\t%s\n", a.Addr, a.Name)
 	}
 	block.WriteString(blockEnd)
-	return writeFile(path, withBlock(kept, block.String()))
+	// The block stays where it is: what a user has written behind it counts after it.
+	at := strings.Index(string(old), blockBegin)
+	if at < 0 || at > len(kept) {
+		return writeFile(path, withBlock(kept, block.String()))
+	}
+	return writeFile(path, kept[:at]+block.String()+kept[at:])
 }
 
 // names reports whether a hosts file gives addr the name.

@@ -11,7 +11,7 @@ import (
 // Params is what the host can say on the kernel's command line, as
 // wrenn.<name>=<value>. Everything has a default.
 type Params struct {
-	Hostname  string       // wrenn.hostname; "" until /init or the metadata name the sandbox
+	Hostname  string       // wrenn.hostname: the name until /init or the metadata name the sandbox
 	Link      string       // wrenn.link: the name of the network interface
 	Address   netip.Prefix // wrenn.ip
 	Gateway   netip.Addr   // wrenn.gateway

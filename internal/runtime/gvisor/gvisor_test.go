@@ -115,7 +115,7 @@ func harness(t *testing.T, root string) runtimetest.Harness {
 			}
 			return slot
 		},
-		Outside: outside,
+		Outside: func(t *testing.T) netip.AddrPort { return runtimetest.Outside(t, tag) },
 		KillEngine: func(t *testing.T, inst runtime.Instance) {
 			var state struct{ Engine struct{ PID int } }
 			if err := json.Unmarshal(inst.State(), &state); err != nil {

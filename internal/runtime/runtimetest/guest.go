@@ -92,7 +92,18 @@ func (s *suite) restore(t *testing.T, image runtime.Image, change ...func(*runti
 		f(&cfg)
 	}
 	inst, err := s.Runtime.Restore(t.Context(), cfg, image)
-	return s.started(t, cfg, inst, err)
+	g := s.started(t, cfg, inst, err)
+	g.resumed(t, image)
+	return g
+}
+
+// resumed tells the guest that it goes on elsewhere, as the host agent does: a guest
+// with a kernel of its own then sees to its name and its connections itself.
+func (g *guest) resumed(t *testing.T, image runtime.Image) {
+	t.Helper()
+	if image.Kind == runtime.ImageMemory {
+		g.must(t, "POST", "/resumed", url.Values{"hostname": {g.cfg.Hostname}}, "")
+	}
 }
 
 // started waits until the guest of a new instance answers, and sees to its end.
@@ -152,6 +163,11 @@ func (g *guest) call(ctx context.Context, method, path string, query url.Values,
 	}
 	resp, err := g.client.Do(req)
 	if err != nil {
+		select {
+		case <-g.Done():
+			err = fmt.Errorf("%w (the instance has ended: %+v)", err, g.Exit())
+		default:
+		}
 		return "", err
 	}
 	defer resp.Body.Close()

@@ -79,7 +79,7 @@ func testCreateFails(t *testing.T, s *suite) {
 		"no root filesystem":  func(c *runtime.Config) { c.RootFS = "/nonexistent" },
 		"no guest agent":      func(c *runtime.Config) { c.GuestInit = "/nonexistent" },
 		"init is no program":  func(c *runtime.Config) { c.GuestInit = "/etc/passwd" },
-		"no network":          func(c *runtime.Config) { c.Slot = &network.Slot{InnerNetNS: "/nonexistent"} },
+		"no network":          func(c *runtime.Config) { c.Slot = &network.Slot{InnerNetNS: "/nonexistent", TAP: "tap0"} },
 		"no memory":           func(c *runtime.Config) { c.Resources.MemoryMiB = 0 },
 		"negative processors": func(c *runtime.Config) { c.Resources.CPUs = -1 },
 		"no directory":        func(c *runtime.Config) { c.Dir = filepath.Join(c.Dir, "missing") },

@@ -10,12 +10,17 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/envd/machine"
 )
 
 // Where the guest listens; the suite dials these.
@@ -26,6 +31,10 @@ const (
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "-vm" { // as the guest agent is told
+		os.Args = append(os.Args[:1], os.Args[2:]...)
+		virtual = machine.Boot()
+	}
 	switch arg := strings.Join(os.Args[1:], " "); arg {
 	case "child":
 		select {} // ends only with the sandbox
@@ -38,6 +47,32 @@ func main() {
 	default:
 		serve(arg)
 	}
+}
+
+// virtual is the virtual machine that this is the first process of, or nil.
+var virtual *machine.Machine
+
+// addAgent serves what a guest agent does for the host around snapshots. Where the
+// engine has no need of it, nothing is done.
+func addAgent(mux *http.ServeMux) {
+	mux.HandleFunc("POST /resumed", func(w http.ResponseWriter, r *http.Request) {
+		if virtual == nil {
+			return
+		}
+		asker, err := netip.ParseAddrPort(r.RemoteAddr)
+		if err == nil {
+			err = virtual.Resumed(netip.AddrPortFrom(asker.Addr().Unmap(), asker.Port()))
+		}
+		if err == nil {
+			err = virtual.Name(r.FormValue("hostname"))
+		}
+		answer(w, err)
+	})
+	mux.HandleFunc("POST /sync", func(http.ResponseWriter, *http.Request) {
+		if virtual != nil {
+			unix.Sync()
+		}
+	})
 }
 
 // serve answers the suite's requests. greeting is what /ping answers.
@@ -55,6 +90,7 @@ func serve(greeting string) {
 	mux.HandleFunc("POST /burn", burn)
 	addState(mux)
 	addFiles(mux)
+	addAgent(mux)
 	mux.HandleFunc("POST /exit", func(_ http.ResponseWriter, r *http.Request) { os.Exit(number(r, "code")) })
 	log.Fatal(http.ListenAndServe(":"+strconv.Itoa(port), mux))
 }

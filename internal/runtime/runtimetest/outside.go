@@ -1,4 +1,4 @@
-package gvisor_test
+package runtimetest
 
 import (
 	"context"
@@ -13,13 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// outside serves TCP in a namespace that stands for the internet: what comes goes
-// back. It returns the address.
-func outside(t *testing.T) netip.AddrPort {
-	const (
-		ours, theirs = "203.0.113.1/30", "203.0.113.2/30"
-		link         = "x" + tag
-	)
+// Outside serves TCP in a namespace that stands for the internet: what comes goes
+// back. It returns the address, for Harness.Outside. tag tells its link from those
+// of other tests.
+func Outside(t *testing.T, tag string) netip.AddrPort {
+	const ours, theirs = "203.0.113.1/30", "203.0.113.2/30"
+	link := "x" + tag
 	var (
 		ns netns.NsHandle
 		l  net.Listener

@@ -1,0 +1,175 @@
+package microvm
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+
+	"github.com/wrenn/wrenn/internal/runtime"
+)
+
+// A guest can write to its console as fast as it likes, and all of it is read by
+// the agent: so at this rate and no faster, and only the last of it is kept.
+const (
+	consoleKept  = 32 << 10
+	consoleRate  = 256 << 10 // bytes a second
+	consoleBurst = 64 << 10  // also what a pipe holds
+)
+
+// makeConsole makes the pipe of a machine's console, and its other end for input,
+// which nobody writes to.
+func makeConsole(m Machine) error {
+	for _, name := range []string{m.Console(), m.Console() + ".in"} {
+		if err := unix.Mkfifo(name, 0o600); err != nil {
+			return fmt.Errorf("make console: %w", err)
+		}
+		if err := os.Chown(name, int(m.UID), int(m.UID)); err != nil {
+			return fmt.Errorf("make console: %w", err)
+		}
+	}
+	return nil
+}
+
+// console reads what the machine's serial port says and keeps the last of it, in a
+// file: from it the reason of an end is known, also to a later agent. One process
+// reads at a time.
+type console struct {
+	pipe *os.File
+	log  *os.File // locked by who reads the pipe
+	mine bool     // by us
+}
+
+// openConsole opens the pipe. It is opened for writing as well, so that it is never
+// at its end.
+func openConsole(m Machine) (_ *console, err error) {
+	fd, err := unix.Open(m.Console(), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open console: %w", err)
+	}
+	c := &console{pipe: os.NewFile(uintptr(fd), m.Console())}
+	if c.log, err = os.OpenFile(m.ConsoleLog(), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600); err != nil {
+		c.pipe.Close()
+		return nil, fmt.Errorf("open console: %w", err)
+	}
+	c.mine = unix.Flock(int(c.log.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
+	return c, nil
+}
+
+// follow reads until interrupt is called and ctx has ended.
+func (c *console) follow(ctx context.Context) {
+	limit := rate.NewLimiter(consoleRate, consoleBurst)
+	buf := make([]byte, consoleBurst)
+	for c.mine {
+		n, err := c.pipe.Read(buf)
+		c.add(buf[:n])
+		if err != nil || limit.WaitN(ctx, n) != nil {
+			return
+		}
+	}
+}
+
+// interrupt ends a read under way.
+func (c *console) interrupt() { _ = c.pipe.SetReadDeadline(time.Now()) }
+
+// drain takes what is in the pipe when nobody writes to it any more. Whoever else
+// reads it does the same now, and is waited for.
+func (c *console) drain() {
+	if !c.mine {
+		if err := unix.Flock(int(c.log.Fd()), unix.LOCK_EX); err != nil {
+			return
+		}
+	}
+	conn, err := c.pipe.SyscallConn()
+	if err != nil {
+		return
+	}
+	buf := make([]byte, consoleBurst)
+	_ = conn.Control(func(fd uintptr) { // an error leaves the reason unknown
+		for {
+			n, err := unix.Read(int(fd), buf)
+			if n <= 0 || err != nil {
+				return
+			}
+			c.add(buf[:n])
+		}
+	})
+}
+
+// add appends to the log, and leaves only the end of one that has become long.
+func (c *console) add(data []byte) {
+	if len(data) == 0 {
+		return
+	}
+	if info, err := c.log.Stat(); err == nil && info.Size()+int64(len(data)) > 2*consoleKept {
+		kept := c.text()
+		kept = kept[max(0, len(kept)-consoleKept):]
+		_ = c.log.Truncate(0) // as below
+		data = append(kept, data...)
+	}
+	_, _ = c.log.Write(data) // a full disk loses words, and the reason of an end with them
+}
+
+func (c *console) text() []byte {
+	data, err := io.ReadAll(io.NewSectionReader(c.log, 0, 4*consoleKept))
+	if err != nil {
+		return nil
+	}
+	return data
+}
+
+// What Linux says when it cannot go on (kernel/exit.c, mm/oom_kill.c).
+var (
+	initEnded    = regexp.MustCompile(`Attempted to kill init! exitcode=0x([0-9a-f]{8})`)
+	panicked     = regexp.MustCompile(`Kernel panic - not syncing: ([^\r\n]*)`)
+	memoryPanics = [][]byte{[]byte("System is deadlocked on memory"), []byte("Out of memory and no killable processes"), []byte("Out of memory: compulsory panic_on_oom")}
+)
+
+// ending says in words how a machine ended by itself.
+func ending(said []byte, memoryMiB int64) runtime.Exit {
+	for _, words := range memoryPanics {
+		if bytes.Contains(said, words) {
+			return outOfMemory(memoryMiB)
+		}
+	}
+	if m := initEnded.FindSubmatch(said); m != nil {
+		code, _ := strconv.ParseUint(string(m[1]), 16, 32) // the pattern lets nothing else through
+		ws := unix.WaitStatus(code)
+		if ws.Signaled() {
+			return runtime.Exit{Reason: fmt.Sprintf("guest agent was killed (signal %d)", ws.Signal())}
+		}
+		return runtime.Exit{Reason: fmt.Sprintf("guest agent exited with status %d", ws.ExitStatus())}
+	}
+	if m := panicked.FindSubmatch(said); m != nil {
+		return runtime.Exit{Reason: fmt.Sprintf("the sandbox's kernel crashed: %.200s", m[1])}
+	}
+	return runtime.Exit{Reason: "the sandbox's machine was switched off from inside"}
+}
+
+func outOfMemory(memoryMiB int64) runtime.Exit {
+	return runtime.Exit{OutOfMemory: true, Reason: fmt.Sprintf("out of memory: the sandbox exceeded its limit of %d MiB", memoryMiB)}
+}
+
+// LastWords reads what is in the pipe of a console, for a monitor that has ended
+// before anybody followed it.
+func LastWords(m Machine) string {
+	c, err := openConsole(m)
+	if err != nil {
+		return ""
+	}
+	defer c.close()
+	c.drain()
+	return string(bytes.TrimSpace(c.text()))
+}
+
+func (c *console) close() {
+	c.pipe.Close()
+	c.log.Close() // unlocks it
+}

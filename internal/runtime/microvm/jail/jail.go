@@ -1,0 +1,326 @@
+// Package jail starts a virtual machine's monitor so that one who takes it over
+// from inside the machine has gained next to nothing: a user of its own without
+// rights, a root directory that holds what the monitor needs and no more, the
+// namespaces of its slot, and the limits of its cgroup. It does what Firecracker's
+// jailer does, for any monitor.
+//
+// Nothing is executed for it: a thread of this process enters the namespaces, builds
+// the root directory, gives up what it may not pass on, and forks the monitor off.
+// The thread ends with that. The mounts are those of the monitor's mount namespace
+// and end with the monitor.
+package jail
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	goruntime "runtime"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/cgroup"
+	"github.com/wrenn/wrenn/internal/process"
+)
+
+// Config is how a monitor is started.
+type Config struct {
+	Root    string       // empty directory on the host to mount the root directory on
+	Mounts  []Mount      // what of the host is in it
+	Devices []Device     // character devices
+	Program string       // path of the monitor, as it is in the jail
+	Args    []string     // without argv[0]
+	Files   []*os.File   // open from descriptor 3 on
+	Stdout  *os.File     // of the monitor, and its errors; nil: nowhere
+	Dir     string       // its working directory, as it is in the jail
+	UID     uint32       // user and group of its own
+	NetNS   string       // path of the network namespace
+	Cgroups cgroup.Trees // in which Group is
+	Group   string       // made by the caller
+	Proc    bool         // /proc with its own processes in it, and nothing else
+
+	// Inside is called on the thread once it is in the network namespace and
+	// before it has given up anything. Files that it opens may be added to Files.
+	Inside func(c *Config) error
+
+	leave func() error // takes the thread out of the group
+	group *os.File     // its directory in the cgroup tree of version 2; nil where there is none
+}
+
+// Mount is a file or directory of the host that is seen in the jail.
+type Mount struct {
+	From     string // on the host
+	To       string // in the jail, absolute
+	Writable bool
+}
+
+// Device is a character device that the monitor may use. It is left out where the
+// host has none.
+type Device struct {
+	Path string // on the host and in the jail
+}
+
+// System is what a dynamically linked program of the host needs to run.
+var System = []Mount{
+	{From: "/usr", To: "/usr"}, {From: "/lib", To: "/lib"}, {From: "/lib64", To: "/lib64"},
+	{From: "/etc/ld.so.cache", To: "/etc/ld.so.cache"},
+}
+
+// Start starts the monitor. It goes on when this process ends.
+func Start(ctx context.Context, c Config) (process.ID, error) {
+	if err := ctx.Err(); err != nil {
+		return process.ID{}, err
+	}
+	type result struct {
+		id  process.ID
+		err error
+	}
+	done := make(chan result, 1)
+	onThread(func() {
+		id, err := c.start()
+		err = errors.Join(err, c.out())
+		done <- result{id, err}
+	})
+	r := <-done
+	if r.err != nil {
+		return process.ID{}, fmt.Errorf("start %s in its jail: %w", filepath.Base(c.Program), r.err)
+	}
+	return r.id, nil
+}
+
+// onThread runs f on a thread of its own, which ends with f. The process's first
+// thread cannot end, and what becomes of it is seen as the process's own mounts and
+// root: it is held back while another one does the work.
+func onThread(f func()) {
+	go func() {
+		goruntime.LockOSThread() // and not unlocked: so the thread ends
+		if unix.Gettid() != os.Getpid() {
+			f()
+			return
+		}
+		over := make(chan struct{})
+		go func() {
+			defer close(over)
+			goruntime.LockOSThread()
+			f()
+		}()
+		<-over
+		goruntime.UnlockOSThread()
+	}()
+}
+
+func (c *Config) start() (process.ID, error) {
+	if err := c.enter(); err != nil {
+		return process.ID{}, err
+	}
+	if c.Inside != nil {
+		if err := c.Inside(c); err != nil {
+			return process.ID{}, err
+		}
+	}
+	if err := c.buildRoot(); err != nil {
+		return process.ID{}, fmt.Errorf("build root directory: %w", err)
+	}
+	if err := dropCapabilities(); err != nil {
+		return process.ID{}, err
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return process.ID{}, fmt.Errorf("set no_new_privs: %w", err)
+	}
+	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
+	if err != nil {
+		return process.ID{}, err
+	}
+	defer null.Close()
+	out := c.Stdout
+	if out == nil {
+		out = null
+	}
+	attr := &syscall.SysProcAttr{
+		Setsid:     true,
+		Cloneflags: syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWPID,
+		Credential: &syscall.Credential{Uid: c.UID, Gid: c.UID},
+	}
+	if c.group != nil {
+		attr.UseCgroupFD, attr.CgroupFD = true, int(c.group.Fd())
+	}
+	cmd := &exec.Cmd{
+		Path: c.Program, Args: append([]string{filepath.Base(c.Program)}, c.Args...),
+		Env: []string{"PATH=/usr/bin:/bin", "HOME=/", "TMPDIR=/tmp"}, Dir: c.Dir,
+		Stdin: null, Stdout: out, Stderr: out, ExtraFiles: c.Files,
+		SysProcAttr: attr,
+	}
+	if err := cmd.Start(); err != nil {
+		return process.ID{}, err
+	}
+	id, err := process.Identify(cmd.Process.Pid)
+	// It is waited for by whoever holds it, by a pidfd.
+	return id, errors.Join(err, cmd.Process.Release())
+}
+
+// out takes the thread out of the group again, which is looked through for processes
+// to end.
+func (c *Config) out() error {
+	if c.group != nil {
+		c.group.Close()
+	}
+	if c.leave == nil {
+		return nil
+	}
+	return c.leave()
+}
+
+// enter takes the thread into the cgroup and the namespaces.
+func (c *Config) enter() error {
+	if c.Group != "" {
+		var err error
+		if c.leave, err = c.Cgroups.Enter(c.Group); err != nil {
+			return err
+		}
+		if c.group, err = c.Cgroups.Directory(c.Group); err != nil {
+			return fmt.Errorf("enter cgroup: %w", err)
+		}
+	}
+	ns, err := os.Open(c.NetNS)
+	if err != nil {
+		return fmt.Errorf("enter network namespace: %w", err)
+	}
+	err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
+	ns.Close()
+	if err != nil {
+		return fmt.Errorf("enter network namespace: %w", err)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
+		return fmt.Errorf("make mount namespace: %w", err)
+	}
+	// What is mounted from here on is seen in this namespace alone.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	return nil
+}
+
+// buildRoot mounts the root directory and makes it the thread's.
+func (c *Config) buildRoot() error {
+	root := c.Root
+	if err := unix.Mount("jail", root, "tmpfs", unix.MS_NOSUID, "size=1m,nr_inodes=1k,mode=0755"); err != nil {
+		return fmt.Errorf("mount it: %w", err)
+	}
+	for _, dir := range []string{"dev/net", "tmp", "old", "proc"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, m := range c.Mounts {
+		if err := bind(m, root); err != nil {
+			return fmt.Errorf("mount %s: %w", m.From, err)
+		}
+	}
+	for _, d := range append([]Device{{"/dev/null"}, {"/dev/zero"}, {"/dev/urandom"}}, c.Devices...) {
+		if err := c.makeDevice(d, root); err != nil {
+			return fmt.Errorf("make device %s: %w", d.Path, err)
+		}
+	}
+	if c.Proc {
+		if err := unix.Mount("proc", filepath.Join(root, "proc"), "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "hidepid=invisible,subset=pid"); err != nil {
+			return fmt.Errorf("mount /proc: %w", err)
+		}
+	}
+	if err := unix.Mount("", root, "", unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID, "size=1m,nr_inodes=1k"); err != nil {
+		return fmt.Errorf("make it read-only: %w", err)
+	}
+	if err := unix.PivotRoot(root, filepath.Join(root, "old")); err != nil {
+		return fmt.Errorf("change to it: %w", err)
+	}
+	if err := os.Chdir("/"); err != nil {
+		return err
+	}
+	if err := unix.Unmount("/old", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("leave the host's: %w", err)
+	}
+	return nil
+}
+
+// bind puts one file or directory of the host into the jail. A symbolic link, as
+// /lib is, stays one.
+func bind(m Mount, root string) error {
+	to := filepath.Join(root, m.To)
+	info, err := os.Lstat(m.From)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		return err
+	}
+	switch {
+	case info.Mode()&os.ModeSymlink != 0:
+		target, err := os.Readlink(m.From)
+		if err != nil {
+			return err
+		}
+		return os.Symlink(target, to)
+	case info.IsDir():
+		err = os.MkdirAll(to, 0o755)
+	default:
+		err = os.WriteFile(to, nil, 0o644)
+	}
+	if err != nil {
+		return err
+	}
+	if err := unix.Mount(m.From, to, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT | unix.MS_NOSUID | unix.MS_NODEV)
+	if !m.Writable {
+		flags |= unix.MS_RDONLY
+	}
+	return unix.Mount("", to, "", flags, "")
+}
+
+func (c *Config) makeDevice(d Device, root string) error {
+	var st unix.Stat_t
+	err := unix.Stat(d.Path, &st)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(root, d.Path)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mknod(path, unix.S_IFCHR|0o600, int(st.Rdev)); err != nil {
+		return err
+	}
+	return os.Chown(path, int(c.UID), int(c.UID))
+}
+
+// dropCapabilities takes every capability out of what the thread's children can
+// ever have. They lose what they have by becoming another user.
+func dropCapabilities() error {
+	for c := 0; c <= unix.CAP_LAST_CAP; c++ {
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0)
+		if err != nil && !errors.Is(err, unix.EINVAL) { // a kernel without this one
+			return fmt.Errorf("drop capability %d: %w", c, err)
+		}
+	}
+	return nil
+}
+
+// Path gives the path in the jail of a file on the host, by what is mounted.
+func Path(mounts []Mount, host string) (string, bool) {
+	for _, m := range mounts {
+		if host == m.From {
+			return m.To, true
+		}
+		if rest, ok := strings.CutPrefix(host, m.From+"/"); ok {
+			return filepath.Join(m.To, rest), true
+		}
+	}
+	return "", false
+}

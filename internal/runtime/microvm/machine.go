@@ -1,0 +1,97 @@
+package microvm
+
+import (
+	"context"
+	"path/filepath"
+
+	"github.com/wrenn/wrenn/internal/cgroup"
+	"github.com/wrenn/wrenn/internal/process"
+	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// A Monitor is a program that runs one virtual machine in one process of its own,
+// and how it is driven. It keeps nothing of a machine in memory: an agent that was
+// started anew drives the machines of the one before. It is safe for concurrent use,
+// one call at a time for each machine.
+type Monitor interface {
+	// Name is the name of the runtime that it makes: "firecracker", "qemu".
+	Name() string
+
+	// Version identifies the monitor and what else an image of memory depends on:
+	// one made under another version does not load.
+	Version() string
+
+	// Probe says by a functional test whether the monitor can boot the kernel here.
+	// The error says what is missing and what to do about it.
+	Probe(ctx context.Context, k kernel.Kernel) error
+
+	// Boot starts the monitor in its jail with the machine in it, and returns the
+	// monitor's process once the machine runs. When it fails the caller ends what
+	// is in the machine's cgroup and removes what is in its directory.
+	Boot(ctx context.Context, m Machine) (process.ID, error)
+
+	// Load starts the monitor with the machine as Save left it in the directory
+	// saved, paused. What the machine needs of that directory later, it links into
+	// its own. A state that does not load is sandbox.ErrInvalid.
+	Load(ctx context.Context, m Machine, saved string) (process.ID, error)
+
+	// Pause stops the machine's processors, and Resume lets them go on. Both may be
+	// repeated.
+	Pause(ctx context.Context, m Machine) error
+	Resume(ctx context.Context, m Machine) error
+
+	// Save writes what a paused machine has in its devices and its memory into the
+	// directory to. The machine stays paused. A full disk is sandbox.ErrExhausted.
+	Save(ctx context.Context, m Machine, to string) error
+}
+
+// Machine is a virtual machine, as far as its monitor has to know it.
+type Machine struct {
+	ID        sandbox.ID   `json:"id"`
+	Dir       string       `json:"dir"` // the instance's own directory
+	UID       uint32       `json:"uid"` // user that the monitor is, the owner of what it may write
+	Group     string       `json:"group"`
+	NetNS     string       `json:"netns"`
+	TAP       string       `json:"tap"` // in that network namespace
+	MAC       string       `json:"mac"`
+	CPUs      int          `json:"cpus"`
+	MemoryMiB int64        `json:"memoryMiB"` // of the machine, its kernel included
+	Kernel    string       `json:"kernel"`    // paths on the host
+	Initramfs string       `json:"initramfs"`
+	CmdLine   string       `json:"cmdline"`
+	Agent     string       `json:"agent"`   // disk with the guest agent, read-only: /dev/vdb
+	PID       process.ID   `json:"process"` // of the monitor, once there is one
+	Cgroups   cgroup.Trees `json:"-"`
+}
+
+// Disk is the machine's root disk: /dev/vda.
+func (m Machine) Disk() string { return filepath.Join(m.Dir, diskFile) }
+
+// Run is the directory that the monitor may write to: sockets, and the console.
+func (m Machine) Run() string { return filepath.Join(m.Dir, "run") }
+
+// Console is where the monitor writes what the machine's serial port says: a pipe
+// with a name, so that it takes no more than the kernel's buffer when nobody reads.
+func (m Machine) Console() string { return filepath.Join(m.Run(), consoleName) }
+
+// ConsoleLog is the end of what the machine has said.
+func (m Machine) ConsoleLog() string { return filepath.Join(m.Dir, "console.log") }
+
+// Jail is an empty directory for the monitor's root directory to be mounted on.
+func (m Machine) Jail() string { return filepath.Join(m.Dir, "jail") }
+
+// Base is the directory in which the machine keeps what it needs of the image it
+// was loaded from: the layers that the next image of its memory refers to.
+func (m Machine) Base() string { return filepath.Join(m.Dir, "base") }
+
+// Files of an instance's directory, and of an image's.
+const (
+	diskFile    = "root.ext4" // in both
+	imageFile   = "machine.json"
+	consoleName = "console"
+)
+
+// The monitor makes no other files directly in Dir than these, so that what is left
+// of an instance can be removed without knowing more of it.
+var instanceFiles = []string{diskFile, "run", "jail", "base", "console.log"}

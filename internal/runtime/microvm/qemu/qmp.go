@@ -1,0 +1,157 @@
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// qmp is a connection to the control socket of a QEMU process. QEMU serves one at a
+// time, and lets the next one in when it is closed.
+// Protocol: QEMU documentation, "QEMU Machine Protocol Specification".
+type qmp struct {
+	conn   net.Conn
+	in     *bufio.Reader
+	events []event
+}
+
+// message is any of what QEMU sends.
+type message struct {
+	Greeting json.RawMessage `json:"QMP"`
+	Return   json.RawMessage `json:"return"`
+	Error    *struct {
+		Class string `json:"class"`
+		Desc  string `json:"desc"`
+	} `json:"error"`
+	event
+}
+
+type event struct {
+	Event string          `json:"event"`
+	Data  json.RawMessage `json:"data"`
+}
+
+// commandTime bounds commands that only turn a switch.
+const commandTime = 10 * time.Second
+
+// dial connects to the socket of the name in the directory dir, whose path may be
+// longer than a socket's address, and waits until QEMU greets.
+func dial(ctx context.Context, dir, name string) (_ *qmp, err error) {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("connect to qemu: %w", err)
+	}
+	at := os.NewFile(uintptr(fd), dir)
+	defer at.Close()
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", at.Fd(), name))
+	if err != nil {
+		return nil, fmt.Errorf("connect to qemu: %w", err)
+	}
+	q := &qmp{conn: conn, in: bufio.NewReader(conn)}
+	defer func() {
+		if err != nil {
+			q.close()
+		}
+	}()
+	err = q.during(ctx, func() error {
+		m, err := q.read()
+		if err == nil && m.Greeting == nil {
+			err = errors.New("it does not greet")
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("connect to qemu: %w", err)
+	}
+	return q, q.do(ctx, "qmp_capabilities", nil, nil)
+}
+
+func (q *qmp) close() { q.conn.Close() }
+
+// during runs f, whose reads and writes end with ctx.
+func (q *qmp) during(ctx context.Context, f func() error) error {
+	stop := context.AfterFunc(ctx, func() { _ = q.conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	err := f()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+func (q *qmp) read() (message, error) {
+	var m message
+	line, err := q.in.ReadBytes('\n')
+	if err != nil {
+		return m, err
+	}
+	return m, json.Unmarshal(line, &m)
+}
+
+// do executes a command. Its result is read into result unless that is nil.
+func (q *qmp) do(ctx context.Context, command string, args, result any) error {
+	ctx, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
+	return q.long(ctx, command, args, result)
+}
+
+// long is do for a command that may take as long as ctx lets it.
+func (q *qmp) long(ctx context.Context, command string, args, result any) error {
+	request, err := json.Marshal(struct {
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+	}{command, args})
+	if err != nil {
+		return err
+	}
+	var m message
+	err = q.during(ctx, func() error {
+		if _, err := q.conn.Write(append(request, '\n')); err != nil {
+			return err
+		}
+		for {
+			if m, err = q.read(); err != nil || m.Return != nil || m.Error != nil {
+				return err
+			}
+			q.events = append(q.events, m.event)
+		}
+	})
+	switch {
+	case err != nil:
+		return fmt.Errorf("qemu: %s: %w", command, err)
+	case m.Error != nil:
+		return fmt.Errorf("qemu: %s: %s", command, m.Error.Desc)
+	case result != nil:
+		if err := json.Unmarshal(m.Return, result); err != nil {
+			return fmt.Errorf("qemu: %s: %w", command, err)
+		}
+	}
+	return nil
+}
+
+// await waits for an event that is accepted.
+func (q *qmp) await(ctx context.Context, accept func(event) bool) error {
+	return q.during(ctx, func() error {
+		for {
+			for len(q.events) > 0 {
+				e := q.events[0]
+				q.events = q.events[1:]
+				if accept(e) {
+					return nil
+				}
+			}
+			m, err := q.read()
+			if err != nil {
+				return err
+			}
+			q.events = append(q.events, m.event)
+		}
+	})
+}
