@@ -36,8 +36,8 @@ sandboxes go on and the next start takes them over.`,
 			if err != nil {
 				return err
 			}
-			if err := os.MkdirAll(dir.agent(), 0o700); err != nil {
-				return fmt.Errorf("make agent directory: %w", err)
+			if err := opts.prepareAgentDir(cmd.Context(), dir, newLogger(os.Stderr)); err != nil {
+				return err
 			}
 			return runForeground(cmd.Context(), part{
 				name: "wrenn agent", data: dir, lock: dataDir(dir.agent()),

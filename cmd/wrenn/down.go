@@ -11,8 +11,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn/wrenn/internal/agent"
+	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
+	"github.com/wrenn/wrenn/internal/runtime/microvm"
 )
 
 func newDownCmd() *cobra.Command {
@@ -29,7 +31,7 @@ paused sandboxes stay.`,
 	}
 }
 
-func down(ctx context.Context, data string, out io.Writer) error {
+func down(ctx context.Context, data string, out io.Writer) (err error) {
 	if _, err := os.Stat(data); errors.Is(err, os.ErrNotExist) {
 		fmt.Fprintf(out, "Nothing to stop: there is no %s.\n", data)
 		return nil
@@ -54,7 +56,11 @@ func down(ctx context.Context, data string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer agentLock.release()
+	defer func() {
+		agentLock.release()
+		// Where the agent's directory is a file system of its own, it is closed with it.
+		err = errors.Join(err, disk.Unmount(dir.agent()))
+	}()
 	was = was || wasAgent
 	// Even when one was running: it may have been the one that was killed.
 	if err := endLeftovers(ctx, dir); err != nil {
@@ -90,6 +96,9 @@ func stopAndLock(ctx context.Context, dir dataDir) (lock *instanceLock, was bool
 func endLeftovers(ctx context.Context, dir dataDir) error {
 	// The processes before their networks, their files last.
 	if err := gvisor.RemoveAll(dir.runsc(), dir.tag()); err != nil {
+		return err
+	}
+	if err := microvm.RemoveAll(dir.tag()); err != nil {
 		return err
 	}
 	if err := network.RemoveAll(ctx, dir.tag()); err != nil {

@@ -24,7 +24,6 @@ import (
 	"github.com/wrenn/wrenn/internal/guest"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/proxy"
-	"github.com/wrenn/wrenn/internal/runtime/gvisor"
 	"github.com/wrenn/wrenn/internal/server"
 	"github.com/wrenn/wrenn/internal/server/e2b"
 	"github.com/wrenn/wrenn/internal/server/tlscert"
@@ -179,19 +178,13 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 
 // openAgent starts the host agent of a data directory: it takes over the
 // sandboxes that run there.
-func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logger) (*agent.Agent, *gvisor.Runtime, error) {
+func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logger) (*agent.Agent, engine, error) {
 	bin := filepath.Join(dir.agent(), "bin")
 	envd, err := guest.Install(bin)
 	if err != nil {
 		return nil, nil, err
 	}
-	runsc, err := gvisor.InstallBinary(bin)
-	if err != nil {
-		return nil, nil, err
-	}
-	rt, err := gvisor.New(gvisor.Config{
-		Binary: runsc, Root: dir.runsc(), Tag: dir.tag(), Log: log,
-	})
+	rt, err := openRuntime(ctx, dir, opts, log)
 	if err != nil {
 		return nil, nil, fmt.Errorf("prepare runtime: %w", err)
 	}
@@ -200,13 +193,13 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 		Pool: opts.PoolMemory << 20,
 		Network: network.Config{
 			Tag: dir.tag(), CIDR: opts.NetworkCIDR, Allow: opts.AllowCIDRs, Resolver: opts.Resolver,
-			Ready: opts.ReadySlots, Log: log,
+			Ready: opts.ReadySlots, TAP: opts.virtualMachines(), Log: log,
 		},
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("start host agent: %w", err)
 	}
-	if err := removeStaleBinaries(bin, dir.agent(), runsc, envd); err != nil {
+	if err := removeStaleBinaries(bin, dir.agent(), append(keepOfRuntime(rt), envd)...); err != nil {
 		log.Warn("remove what earlier builds left", "err", err) // it costs room and nothing else
 	}
 	return a, rt, nil
@@ -217,6 +210,9 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 func (p *platform) reachAgent(ctx context.Context) (hostagentconnect.HostAgentClient, error) {
 	dial := p.dir.dialAgent
 	if !p.remote {
+		if err := p.opts.prepareAgentDir(ctx, p.dir, p.log); err != nil {
+			return nil, err
+		}
 		lock, err := takeLock(ctx, p.dir, dataDir(p.dir.agent()))
 		if err != nil {
 			return nil, err

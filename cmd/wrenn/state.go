@@ -33,6 +33,7 @@ func (d dataDir) masterKey() string   { return filepath.Join(string(d), "keys", 
 func (d dataDir) acme() string        { return filepath.Join(string(d), "acme") }
 func (d dataDir) templates() string   { return filepath.Join(string(d), "templates") }
 func (d dataDir) kernels() string     { return filepath.Join(string(d), "kernels") }
+func (d dataDir) disks() string       { return filepath.Join(string(d), "disks.xfs") }
 func (d dataDir) agent() string       { return filepath.Join(string(d), "agent") }
 func (d dataDir) socket() string      { return filepath.Join(d.agent(), "agent.sock") }
 func (d dataDir) pagerSocket() string { return filepath.Join(d.agent(), "pager.sock") }

@@ -38,6 +38,7 @@ type upOptions struct {
 	Resolver      netip.Addr     `json:"resolver"`
 	ReadySlots    int            `json:"ready_slots"`
 	PoolMemory    int64          `json:"pool_memory"` // MiB
+	Runtime       string         `json:"runtime"`
 	TeamSandboxes int            `json:"team_sandboxes"`
 	TeamImages    int64          `json:"team_images"` // MiB
 	Connections   int            `json:"connections"`
@@ -104,6 +105,7 @@ func (o *upOptions) addAgentFlags(f *pflag.FlagSet, cidr *string, allow *[]strin
 	f.StringVar(cidr, "network-cidr", "", "address range for sandbox networks (default: the first of a few that meets no route of this host)")
 	f.StringSliceVar(allow, "allow-cidr", nil, "private range that sandboxes may reach all the same; may be given several times")
 	f.StringVar(dns, "resolver", "", "DNS server for sandboxes (default: this host's)")
+	f.StringVar(&o.Runtime, "runtime", runtimeAuto, "what sandboxes run in: "+strings.Join(runtimeNames, ", "))
 	f.IntVar(&o.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
 	f.Int64Var(&o.PoolMemory, "pool-memory", 512, "memory in MiB for sandboxes that are kept ready before anybody asks; 0 keeps none")
 }
@@ -139,7 +141,7 @@ func (o *upOptions) parseAgent(cidr string, allow []string, dns string) (err err
 	if o.PoolMemory < 0 {
 		return usageErrorf("--pool-memory: want 0 or more")
 	}
-	return nil
+	return o.parseRuntime()
 }
 
 func (o *upOptions) parseServer() error {

@@ -146,9 +146,12 @@ func TestTheKernelsCommandLineGoesBeforeTheDefaults(t *testing.T) {
 	v := startVM(t, vmConfig{
 		cmdline: "console=ttyS0 wrenn.hostname=chosen wrenn.dns=192.0.2.53,2001:db8::53 wrenn.mtu=1400 wrenn.poweroff=off wrenn.nonsense=1 wrenn.ip=nowhere -- -vm wrenn.hostname=not-ours",
 	}).up()
+	if got := v.read("/proc/sys/kernel/hostname"); got != "chosen\n" {
+		t.Errorf("hostname reads %q before the sandbox has an id", got)
+	}
 	post(t, v.client, guestAddr+"/init", `{"sandboxID":"i123"}`)
 	for path, want := range map[string]string{
-		"/proc/sys/kernel/hostname": "chosen\n",
+		"/proc/sys/kernel/hostname": "i123\n",
 		"/etc/resolv.conf":          "nameserver 192.0.2.53\nnameserver 2001:db8::53\n",
 		"/sys/class/net/eth0/mtu":   "1400\n",
 	} {

@@ -79,6 +79,9 @@ func (*Runtime) Name() string { return "gvisor" }
 // Version implements runtime.Runtime: the version of gVisor in the binary.
 func (r *Runtime) Version() string { return r.version }
 
+// Binary is the path of the program that runs the sandboxes.
+func (r *Runtime) Binary() string { return r.cfg.Binary }
+
 func engineVersion(binary string) string {
 	info, err := buildinfo.ReadFile(binary)
 	if err != nil {

@@ -127,7 +127,8 @@ func (s *suite) started(t *testing.T, cfg runtime.Config, inst runtime.Instance,
 // sign of a listener that is not there yet, so it is asked again.
 func (g *guest) awaitAnswer(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	// An emulated machine on a busy host takes a while to boot.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for {
 		if _, err := g.call(ctx, "GET", "/ping", nil, ""); err == nil {

@@ -27,7 +27,7 @@ func (q *Monitor) Probe(ctx context.Context, k kernel.Kernel) error {
 	case kernel.Booted(string(said)):
 		return nil
 	case ctx.Err() != nil:
-		return fmt.Errorf("qemu with %s does not boot Linux here within %v", q.accel, probeTime)
+		return fmt.Errorf("qemu with %s does not boot Linux here in time", q.accel)
 	case err != nil:
 		return fmt.Errorf("qemu with %s does not run here: %w: %.300s", q.accel, err, strings.TrimSpace(string(said)))
 	default:
