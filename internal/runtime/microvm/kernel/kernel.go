@@ -72,7 +72,7 @@ func List(dir string) ([]Kernel, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("find the current kernel: %w", err)
 	}
-	var kernels []Kernel
+	kernels := []Kernel{} // in JSON a list, also when it is empty
 	for _, path := range found {
 		name := filepath.Base(filepath.Dir(path))
 		if name == currentName {
