@@ -42,11 +42,10 @@ func fetchDistribution(ctx context.Context, dir string, progress io.Writer) (sou
 			return source{}, err
 		}
 		fmt.Fprintln(progress, "asking the distribution's mirrors what there is")
-		if _, err := run(ctx, dir, "apt-get", append(own, "-q", "update")...); err != nil {
-			return source{}, err
-		}
+		// One mirror of many that does not answer is no matter if it is another's package.
+		_, stale := run(ctx, dir, "apt-get", append(own, "-q", "update")...)
 		if deb, err = download(ctx, dir, own, progress); err != nil {
-			return source{}, err
+			return source{}, errors.Join(err, stale)
 		}
 	}
 	name := strings.TrimSuffix(filepath.Base(deb), ".deb")
