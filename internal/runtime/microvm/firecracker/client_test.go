@@ -331,11 +331,9 @@ func TestLoadRefuses(t *testing.T) {
 	})
 }
 
-// The memory comes through the real pager, over a real userfaultfd.
-func TestLoadThroughPager(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("userfaultfd for faults of the kernel needs root")
-	}
+// startPager runs the real pager, in this process.
+func startPager(t *testing.T) *pager.Client {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	socket, ready, served := filepath.Join(t.TempDir(), "pager.sock"), make(chan struct{}), make(chan error, 1)
 	go func() {
@@ -357,6 +355,15 @@ func TestLoadThroughPager(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+// The memory comes through the real pager, over a real userfaultfd.
+func TestLoadThroughPager(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("userfaultfd for faults of the kernel needs root")
+	}
+	ctx, client := t.Context(), startPager(t)
 	eachVersion(t, func(t *testing.T, version string) {
 		v := start(t, version)
 		v.boot(t)

@@ -1,3 +1,9 @@
-// Package firecracker drives Firecracker, of any version from 1.12 to 1.16: a client of
-// its API, what each version can do, and whether it can boot Linux on this host.
+// Package firecracker drives Firecracker, of any version from 1.12 to 1.16, as the
+// monitor of one virtual machine: a client of its API, what each version can do,
+// whether it can boot Linux on this host, and a microvm.Monitor made of these.
+//
+// An image of a machine is Firecracker's file of its devices, and its memory as
+// package memory stores it, taken over from the file that Firecracker writes. A
+// machine that is loaded gets its memory page by page from the pager, or where there
+// is none out of a file.
 package firecracker

@@ -165,6 +165,11 @@ func (m *machine) restore(body map[string]json.RawMessage) error {
 		}
 		s.Config.TAPs[o.ID] = o.TAP
 	}
+	for _, tap := range s.Config.TAPs {
+		if err := m.openTAP(tap); err != nil {
+			return err
+		}
+	}
 	for _, d := range s.Config.Drives {
 		if err := d.open(); err != nil {
 			return err

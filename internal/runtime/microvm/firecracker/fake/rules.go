@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // When a call is allowed.
@@ -132,6 +134,9 @@ func setNetwork(m *machine, body map[string]json.RawMessage) (any, error) {
 		m.config.TAPs = map[string]string{}
 	}
 	m.config.TAPs[id] = tap
+	if err := m.openTAP(tap); err != nil {
+		return nil, refusal(fmt.Sprintf("Network config error: Could not create the network device: Open tap device failed: %v", err))
+	}
 	return nil, nil
 }
 
@@ -213,6 +218,24 @@ func setState(m *machine, body map[string]json.RawMessage) (any, error) {
 		return nil, refusal(fmt.Sprintf("An error occurred when deserializing the json body of a request: unknown variant `%s`.", state))
 	}
 	return nil, nil
+}
+
+// openTAP attaches to a link, if this is a machine in a jail: elsewhere there is none.
+func (m *machine) openTAP(name string) error {
+	if os.Getuid() == 0 {
+		return nil
+	}
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return err
+	}
+	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	m.tap = fd // open as long as the machine
+	return unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
 }
 
 // run lets the guest go on.

@@ -1,0 +1,244 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/memory/pager"
+	"github.com/wrenn/wrenn/internal/process"
+	"github.com/wrenn/wrenn/internal/runtime/microvm"
+	"github.com/wrenn/wrenn/internal/runtime/microvm/jail"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// Config is how Firecracker is used.
+type Config struct {
+	Binary string // empty: firecracker of PATH; FIRECRACKER_BIN says which in tests
+	Data   string // directory in which the verdict of Probe is kept
+	// Pager gives the pager that memory comes from; nil: memory comes out of files.
+	Pager func(context.Context) (*pager.Client, error)
+}
+
+// Monitor drives Firecracker. It implements microvm.Monitor.
+type Monitor struct {
+	cfg     Config
+	can     Capabilities
+	version string
+}
+
+var _ microvm.Monitor = (*Monitor)(nil)
+
+// New finds Firecracker on this host.
+func New(ctx context.Context, cfg Config) (*Monitor, error) {
+	if cfg.Binary == "" {
+		path, err := exec.LookPath("firecracker")
+		if err != nil {
+			return nil, &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "Firecracker is not installed: put the program firecracker of a release into PATH", Cause: err}
+		}
+		cfg.Binary = path
+	}
+	v, err := ProgramVersion(ctx, cfg.Binary)
+	if err != nil {
+		return nil, err
+	}
+	can, err := CapabilitiesOf(v)
+	if err != nil {
+		return nil, err
+	}
+	return &Monitor{cfg: cfg, can: can, version: fmt.Sprintf("%s (%s, Linux %s)", v, processor(), hostRelease())}, nil
+}
+
+// Name implements microvm.Monitor.
+func (*Monitor) Name() string { return "firecracker" }
+
+// Version implements microvm.Monitor: the state of the devices and of the processors
+// depends on all that is in it.
+func (f *Monitor) Version() string { return f.version }
+
+// Paths in the jail. They are in the state of a machine, which finds its disks there
+// when it is loaded.
+const (
+	runDir     = "/run/wrenn"
+	kernelPath = "/boot/kernel"
+	initrdPath = "/boot/initramfs"
+	rootPath   = "/disk/root"
+	agentPath  = "/disk/agent"
+	socketName = "api.sock" // in runDir, as the next
+	stateName  = "devices"  // also in an image
+	memoryName = "memory.new"
+	uffdName   = "uffd.sock"
+)
+
+const link = "eth0" // name of the machine's link in the API
+
+// What a guest may send: with more it could keep the host from bringing its own
+// packets in, those of terminals first.
+var sendLimit = &RateLimiter{Bandwidth: &TokenBucket{Size: 200 << 20, Burst: 100 << 20, Refill: 1000}}
+
+// commandLine adds to the words for the guest's kernel what the version needs.
+func (f *Monitor) commandLine(words string) string {
+	return strings.Join(append(f.can.KernelArgs(), words), " ")
+}
+
+// launch starts Firecracker and waits until it answers. Its own seccomp filters are
+// on, as they are unless switched off.
+func (f *Monitor) launch(ctx context.Context, m microvm.Machine) (id process.ID, c *Client, err error) {
+	out, err := os.OpenFile(m.Console(), os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return id, nil, err
+	}
+	defer out.Close()
+	binary, err := filepath.EvalSymlinks(f.cfg.Binary)
+	if err != nil {
+		return id, nil, err
+	}
+	program := "/" + filepath.Base(f.cfg.Binary)
+	id, err = jail.Start(ctx, jail.Config{
+		Root: m.Jail(), Program: program, Args: []string{"--id", string(m.ID), "--api-sock", runDir + "/" + socketName},
+		Mounts: []jail.Mount{
+			{From: binary, To: program},
+			{From: m.Run(), To: runDir, Writable: true},
+			{From: m.Disk(), To: rootPath, Writable: true},
+			{From: m.Agent, To: agentPath},
+			{From: m.Kernel, To: kernelPath},
+			{From: m.Initramfs, To: initrdPath},
+		},
+		Devices: []jail.Device{{Path: "/dev/kvm"}, {Path: "/dev/net/tun"}, {Path: "/dev/userfaultfd"}},
+		Dir:     runDir, UID: m.UID, NetNS: m.NetNS, Cgroups: m.Cgroups, Group: m.Group, Stdout: out, Proc: true,
+		Inside: func(*jail.Config) error { return giveTAP(m.TAP, m.UID) },
+	})
+	if err != nil {
+		return id, nil, f.explain(m, err)
+	}
+	c = NewClient(filepath.Join(m.Run(), socketName))
+	if err := answers(ctx, id, c); err != nil {
+		c.Close()
+		return id, nil, f.explain(m, err)
+	}
+	return id, c, nil
+}
+
+// answers waits until Firecracker takes calls. Nothing tells of that but a call.
+func answers(ctx context.Context, id process.ID, c *Client) error {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	engine, err := id.Open()
+	if err != nil {
+		return fmt.Errorf("firecracker ended at once: %w", err)
+	}
+	defer engine.Close()
+	again := time.NewTicker(time.Millisecond)
+	defer again.Stop()
+	for {
+		_, err := c.Instance(ctx)
+		switch {
+		case err == nil:
+			return nil
+		case engine.Ended():
+			return errors.New("firecracker ended at once")
+		case !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED):
+			return err
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for firecracker: %w", err)
+		}
+	}
+}
+
+// giveTAP lets the user open the link. The thread is in the slot's network namespace.
+func giveTAP(name string, uid uint32) error {
+	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("open tap: %w", err)
+	}
+	defer tun.Close()
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return err
+	}
+	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(int(tun.Fd()), unix.TUNSETIFF, req); err != nil {
+		return fmt.Errorf("open tap %s: %w", name, err)
+	}
+	if err := unix.IoctlSetInt(int(tun.Fd()), unix.TUNSETOWNER, int(uid)); err != nil {
+		return fmt.Errorf("give tap %s to user %d: %w", name, uid, err)
+	}
+	return nil
+}
+
+// Boot implements microvm.Monitor.
+func (f *Monitor) Boot(ctx context.Context, m microvm.Machine) (process.ID, error) {
+	id, c, err := f.launch(ctx, m)
+	if err != nil {
+		return id, err
+	}
+	defer c.Close()
+	if err := f.configure(ctx, c, m); err != nil {
+		return id, f.explain(m, err)
+	}
+	return id, nil
+}
+
+func (f *Monitor) configure(ctx context.Context, c *Client, m microvm.Machine) error {
+	for _, step := range []func() error{
+		func() error {
+			return c.SetBootSource(ctx, BootSource{Kernel: kernelPath, Initrd: initrdPath, Args: f.commandLine(m.CmdLine)})
+		},
+		// In this order they are /dev/vda and /dev/vdb. Neither is Firecracker's root
+		// device, for which it would put words of its own into the command line.
+		func() error { return c.SetDrive(ctx, Drive{ID: "root", Path: rootPath}) },
+		func() error { return c.SetDrive(ctx, Drive{ID: "agent", Path: agentPath, ReadOnly: true}) },
+		func() error {
+			return c.SetNetwork(ctx, NetworkInterface{ID: link, TAP: m.TAP, MAC: m.MAC, TX: sendLimit})
+		},
+		func() error { return c.SetMachine(ctx, MachineConfig{CPUs: m.CPUs, MemoryMiB: m.MemoryMiB}) },
+		func() error { return c.SetMMDSConfig(ctx, MMDSConfig{Version: "V2", Interfaces: []string{link}}) },
+		func() error { return c.SetMMDS(ctx, metadata(m)) },
+		func() error { return c.SetEntropy(ctx, Entropy{}) },
+		func() error { return c.Start(ctx) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// metadata is what the guest can ask for at the address of the MMDS.
+func metadata(m microvm.Machine) map[string]string {
+	return map[string]string{"instanceID": string(m.ID)}
+}
+
+// Pause implements microvm.Monitor.
+func (f *Monitor) Pause(ctx context.Context, m microvm.Machine) error {
+	return with(m, func(c *Client) error { return c.Pause(ctx) })
+}
+
+// Resume implements microvm.Monitor.
+func (f *Monitor) Resume(ctx context.Context, m microvm.Machine) error {
+	return with(m, func(c *Client) error { return c.Resume(ctx) })
+}
+
+func with(m microvm.Machine, do func(*Client) error) error {
+	c := NewClient(filepath.Join(m.Run(), socketName))
+	defer c.Close()
+	return do(c)
+}
+
+// explain adds to the error what Firecracker said before it ended.
+func (f *Monitor) explain(m microvm.Machine, err error) error {
+	if said := microvm.LastWords(m); said != "" {
+		return errors.Join(err, errors.New(said))
+	}
+	return err
+}

@@ -1,0 +1,252 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/disk"
+	"github.com/wrenn/wrenn/internal/memory"
+	"github.com/wrenn/wrenn/internal/memory/pager"
+	"github.com/wrenn/wrenn/internal/process"
+	"github.com/wrenn/wrenn/internal/runtime/microvm"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// maxState bounds the state of the devices: some tens of KiB.
+const maxState = 16 << 20
+
+// workingSet is the file of an image with the pages that a machine touched first.
+const workingSet = "workingset"
+
+// Load implements microvm.Monitor.
+func (f *Monitor) Load(ctx context.Context, m microvm.Machine, saved string) (id process.ID, err error) {
+	image, err := memory.Open(saved)
+	if err != nil {
+		return id, damaged(err)
+	}
+	defer image.Close()
+	if image.Size() != m.MemoryMiB<<20 {
+		return id, sandbox.Errorf(sandbox.ErrInvalid, "the image is damaged: its memory has %d bytes and its machine %d MiB", image.Size(), m.MemoryMiB)
+	}
+	if err := image.LinkTo(m.Base()); err != nil {
+		return id, err
+	}
+	state := filepath.Join(m.Run(), stateName)
+	if err := copyFile(state, filepath.Join(saved, stateName), maxState, m.UID); err != nil {
+		return id, damaged(err)
+	}
+	defer os.Remove(state)
+	backend, done, err := f.backend(ctx, m, image, saved)
+	if err != nil {
+		return id, damaged(err)
+	}
+	defer done()
+	id, c, err := f.launch(ctx, m)
+	if err != nil {
+		return id, err
+	}
+	defer c.Close()
+	load := SnapshotLoad{
+		State: runDir + "/" + stateName, Memory: backend, TrackDirty: true,
+		Networks: []NetworkOverride{{ID: link, TAP: m.TAP}},
+	}
+	if err := c.Load(ctx, f.can, load, m.MemoryMiB); err != nil {
+		if errors.As(err, new(*Error)) {
+			err = &sandbox.Error{Kind: sandbox.ErrInvalid, Message: "the image is damaged: its devices cannot be loaded", Cause: err}
+		}
+		return id, f.explain(m, err)
+	}
+	// The state has none of it.
+	return id, c.SetMMDS(ctx, metadata(m))
+}
+
+// backend prepares what the memory of a machine comes from. done is called once it
+// is loaded.
+func (f *Monitor) backend(ctx context.Context, m microvm.Machine, image *memory.Image, saved string) (b MemoryBackend, done func(), err error) {
+	if f.cfg.Pager != nil && faultsServed() {
+		return f.throughPager(ctx, m, saved)
+	}
+	path := filepath.Join(m.Run(), memoryName)
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return b, nil, err
+	}
+	defer file.Close()
+	done = func() { os.Remove(path) } // it stays mapped
+	if err := errors.Join(image.CopyTo(ctx, file), file.Chown(int(m.UID), int(m.UID))); err != nil {
+		done()
+		return b, nil, disk.Full(err)
+	}
+	return MemoryBackend{Kind: File, Path: runDir + "/" + memoryName}, done, nil
+}
+
+// faultsServed reports whether a Firecracker without rights may have page faults of
+// the kernel, which KVM's are, served by another process.
+func faultsServed() bool {
+	if _, err := os.Stat("/dev/userfaultfd"); err == nil {
+		return true
+	}
+	all, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
+	return err == nil && strings.TrimSpace(string(all)) == "1"
+}
+
+func (f *Monitor) throughPager(ctx context.Context, m microvm.Machine, saved string) (b MemoryBackend, done func(), err error) {
+	p, err := f.cfg.Pager(ctx)
+	if err != nil {
+		return b, nil, err
+	}
+	// Nobody tells the pager that a machine has been cleaned up; so here.
+	known, err := p.List(ctx)
+	if err != nil {
+		return b, nil, err
+	}
+	for _, vm := range known {
+		if vm.State != pager.StateEnded {
+			continue
+		}
+		if _, err := p.Remove(ctx, vm.ID); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+			return b, nil, err
+		}
+	}
+	err = p.Register(ctx, pager.VM{
+		ID: string(m.ID), Image: m.Base(), Socket: filepath.Join(m.Run(), uffdName), UID: int(m.UID),
+		WorkingSet: filepath.Join(saved, workingSet),
+	})
+	return MemoryBackend{Kind: Uffd, Path: runDir + "/" + uffdName}, func() {}, err
+}
+
+// damaged gives an error about what is in an image its kind.
+func damaged(err error) error {
+	if errors.Is(err, memory.ErrDamaged) || errors.Is(err, os.ErrNotExist) {
+		return &sandbox.Error{Kind: sandbox.ErrInvalid, Message: "the image is damaged: it is not what was written", Cause: err}
+	}
+	return err
+}
+
+// Save implements microvm.Monitor. The first time all memory is written, afterwards
+// what has changed since the image that is in the machine's base.
+func (f *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error {
+	parent, err := f.takeBase(m)
+	if err != nil {
+		return err
+	}
+	s := SnapshotCreate{Kind: Full, State: runDir + "/" + stateName, Memory: runDir + "/" + memoryName}
+	if parent != nil {
+		defer parent.Close()
+		s.Kind = Diff
+	}
+	written := filepath.Join(m.Run(), memoryName)
+	// A Firecracker that was taken over may have put something else there.
+	for _, path := range []string{written, filepath.Join(m.Run(), stateName)} {
+		if err := os.RemoveAll(path); err != nil {
+			return err
+		}
+		defer os.RemoveAll(path)
+	}
+	if err := with(m, func(c *Client) error { return c.CreateSnapshot(ctx, s, m.MemoryMiB) }); err != nil {
+		if e := new(Error); errors.As(err, &e) && strings.Contains(e.Message, "No space left") {
+			return &sandbox.Error{Kind: sandbox.ErrExhausted, Message: "the host's disk is full", Cause: err}
+		}
+		return err
+	}
+	if err := copyFile(filepath.Join(to, stateName), filepath.Join(m.Run(), stateName), maxState, 0); err != nil {
+		return disk.Full(err)
+	}
+	file, err := openPlain(written)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	size := m.MemoryMiB << 20
+	if info, err := file.Stat(); err != nil || info.Size() != size {
+		return errors.Join(errors.New("firecracker writes a memory of another size"), err)
+	}
+	if err := memory.Write(ctx, to, size, parent, memory.SparseFile{File: file, Size: size}); err != nil {
+		return disk.Full(fmt.Errorf("save memory: %w", err))
+	}
+	image, err := memory.Open(to)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	if parent == nil {
+		return nil // what the machine writes from here on is not noted, so the next is whole too
+	}
+	if err := os.RemoveAll(m.Base()); err != nil {
+		return err
+	}
+	return image.LinkTo(m.Base())
+}
+
+// staleName is a file in a machine's base that says that Firecracker has begun to note
+// anew what is written: what it notes is not what was written since that image.
+const staleName = "stale"
+
+// takeBase opens the image since which Firecracker notes what is written, and marks it
+// as stale. nil: there is none.
+func (f *Monitor) takeBase(m microvm.Machine) (*memory.Image, error) {
+	const untilWrong = 3 << 10 // MiB, where snapshots of what has changed are not whole
+	if m.MemoryMiB > untilWrong && !f.can.DiffAbove3GiB {
+		return nil, nil
+	}
+	stale := filepath.Join(m.Base(), staleName)
+	if _, err := os.Stat(stale); err == nil {
+		return nil, nil
+	}
+	image, err := memory.Open(m.Base())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(stale, nil, 0o600); err != nil {
+		image.Close()
+		return nil, err
+	}
+	return image, nil
+}
+
+// copyFile copies a file of no more than limit bytes, which may be one that a
+// Firecracker that was taken over has made.
+func copyFile(to, from string, limit int64, uid uint32) error {
+	src, err := openPlain(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	n, err := io.Copy(dst, io.LimitReader(src, limit+1))
+	if err == nil && n > limit {
+		err = fmt.Errorf("%s has more than %d bytes", filepath.Base(from), limit)
+	}
+	return errors.Join(err, dst.Chown(int(uid), int(uid)), dst.Sync(), dst.Close())
+}
+
+// openPlain opens a file that is neither a link nor anything that could hold us up.
+func openPlain(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), path)
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no file", path)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}

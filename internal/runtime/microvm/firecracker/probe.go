@@ -1,0 +1,154 @@
+package firecracker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
+	"github.com/wrenn/wrenn/internal/sandbox"
+)
+
+// probeTime is how long a kernel may take to boot: with KVM it takes far less than a
+// second.
+const probeTime = 5 * time.Second
+
+// verdict is what a probe found out, and for what.
+type verdict struct {
+	Host        string `json:"host"` // release of its kernel
+	Boot        string `json:"boot"` // id of the host's boot
+	Firecracker string `json:"firecracker"`
+	Kernel      string `json:"kernel"`
+	Refusal     string `json:"refusal,omitempty"`
+}
+
+const verdictName = "firecracker-probe.json"
+
+// Probe implements microvm.Monitor. That KVM opens and runs a few instructions does
+// not mean that it runs Linux: so it boots one. The verdict holds until the host is
+// booted again, or Firecracker or the guest's kernel is another.
+func (f *Monitor) Probe(ctx context.Context, k kernel.Kernel) error {
+	now := verdict{Host: hostRelease(), Boot: bootID(), Firecracker: f.can.Version.String(), Kernel: k.Name}
+	path := filepath.Join(f.cfg.Data, verdictName)
+	if before, ok := readVerdict(path); ok {
+		refusal := before.Refusal
+		before.Refusal = ""
+		if before == now {
+			return refused(refusal)
+		}
+	}
+	err := f.try(ctx, k)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		now.Refusal = err.Error()
+	}
+	data, merr := json.Marshal(now)
+	if merr == nil {
+		merr = os.WriteFile(path, data, 0o600)
+	}
+	if merr != nil {
+		return errors.Join(err, fmt.Errorf("keep verdict on firecracker: %w", merr))
+	}
+	return refused(now.Refusal)
+}
+
+func refused(words string) error {
+	if words == "" {
+		return nil
+	}
+	return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "Firecracker cannot run here: " + words}
+}
+
+// readVerdict reads the last one. One that makes no sense is none.
+func readVerdict(path string) (v verdict, ok bool) {
+	data, err := os.ReadFile(path)
+	return v, err == nil && json.Unmarshal(data, &v) == nil
+}
+
+func (f *Monitor) try(ctx context.Context, k kernel.Kernel) error {
+	if err := tryKVM(ctx); err != nil {
+		return fmt.Errorf("%w: use a host with KVM, or another runtime", err)
+	}
+	return f.tryLinux(ctx, k)
+}
+
+// tryLinux boots the kernel as far as its first program, which says that it has no
+// disk and ends.
+func (f *Monitor) tryLinux(ctx context.Context, k kernel.Kernel) error {
+	dir, err := os.MkdirTemp(f.cfg.Data, "firecracker-probe-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	config, err := json.Marshal(map[string]any{
+		"boot-source":    BootSource{Kernel: k.Vmlinux, Initrd: k.Initramfs, Args: f.commandLine(kernel.ProbeArgs())},
+		"drives":         []Drive{},
+		"machine-config": MachineConfig{CPUs: 1, MemoryMiB: 128},
+	})
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(dir, "config.json")
+	if err := os.WriteFile(path, config, 0o600); err != nil {
+		return err
+	}
+	limited, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	cmd := exec.CommandContext(limited, f.cfg.Binary, "--no-api", "--config-file", path)
+	cmd.WaitDelay = time.Second
+	said, err := cmd.CombinedOutput()
+	switch {
+	case kernel.Booted(string(said)):
+		return nil
+	case limited.Err() != nil:
+		return fmt.Errorf("KVM of this host runs a small guest but boots no Linux within %v: use a host whose KVM does, or another runtime", probeTime)
+	case err != nil:
+		return fmt.Errorf("it does not start (%w): %s", err, lastLine(said))
+	}
+	return fmt.Errorf("it does not boot the kernel that is installed: %s", lastLine(said))
+}
+
+func lastLine(text []byte) string {
+	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+	return fmt.Sprintf("%.300s", strings.TrimSpace(lines[len(lines)-1]))
+}
+
+func hostRelease() string {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+func bootID() string {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(id))
+}
+
+// processor names the host's, on which the state of a machine depends.
+func processor() string {
+	data, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "unknown"
+	}
+	for line := range strings.Lines(string(data)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return "unknown"
+}
