@@ -245,6 +245,10 @@ func (s *site) lives(t *testing.T, f *firecracker.Monitor, version, image string
 	wantCount(t, save(t, f, m), 5, 1)
 }
 
+func always(c *pager.Client) func(context.Context) (*pager.Client, error) {
+	return func(context.Context) (*pager.Client, error) { return c, nil }
+}
+
 func TestMonitorThroughPager(t *testing.T) {
 	s := newSite(t)
 	if _, err := os.Stat("/dev/userfaultfd"); err != nil {
@@ -253,7 +257,7 @@ func TestMonitorThroughPager(t *testing.T) {
 		}
 	}
 	client := startPager(t)
-	f := s.monitor(t, "1.15.1", firecracker.Config{Pager: func(context.Context) (*pager.Client, error) { return client, nil }})
+	f := s.monitor(t, "1.15.1", firecracker.Config{Pager: always(client)})
 	m := s.machine(t)
 	if _, err := f.Boot(t.Context(), m); err != nil {
 		t.Fatal(err)
