@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -46,9 +47,45 @@ type Client struct {
 
 // NewClient makes a client for the socket at this path, which need not be there yet.
 func NewClient(socket string) *Client {
+	return newClient(func(ctx context.Context) (net.Conn, error) { return dial(ctx, socket) })
+}
+
+// newJailed makes a client for a Firecracker that runs as this user. It may have been
+// taken over and have put another's socket in the place of its own.
+func newJailed(socket string, uid uint32) *Client {
+	return newClient(func(ctx context.Context) (net.Conn, error) {
+		conn, err := dial(ctx, socket)
+		if err != nil {
+			return nil, err
+		}
+		if err := checkPeer(conn, uid); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return conn, nil
+	})
+}
+
+func checkPeer(conn net.Conn, uid uint32) error {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err := errors.Join(cerr, err); err != nil {
+		return fmt.Errorf("ask who listens: %w", err)
+	}
+	if cred.Uid != uid {
+		return fmt.Errorf("the socket is user %d's and not the machine's", cred.Uid)
+	}
+	return nil
+}
+
+func newClient(dial func(context.Context) (net.Conn, error)) *Client {
 	return &Client{http: &http.Client{
 		Transport: &http.Transport{
-			DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, socket) },
+			DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
 			DisableCompression: true,
 			MaxIdleConns:       1, // Firecracker takes ten connections in all
 		},

@@ -118,7 +118,7 @@ func (f *Monitor) launch(ctx context.Context, m microvm.Machine) (id process.ID,
 	if err != nil {
 		return id, nil, f.explain(m, err)
 	}
-	c = NewClient(filepath.Join(m.Run(), socketName))
+	c = newJailed(filepath.Join(m.Run(), socketName), m.UID)
 	if err := answers(ctx, id, c); err != nil {
 		c.Close()
 		return id, nil, f.explain(m, err)
@@ -230,7 +230,7 @@ func (f *Monitor) Resume(ctx context.Context, m microvm.Machine) error {
 }
 
 func with(m microvm.Machine, do func(*Client) error) error {
-	c := NewClient(filepath.Join(m.Run(), socketName))
+	c := newJailed(filepath.Join(m.Run(), socketName), m.UID)
 	defer c.Close()
 	return do(c)
 }

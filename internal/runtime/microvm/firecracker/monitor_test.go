@@ -85,19 +85,12 @@ func (s *site) monitor(t *testing.T, version string, cfg firecracker.Config) *fi
 // machine makes the directory, slot and cgroup of one.
 func (s *site) machine(t *testing.T) microvm.Machine {
 	t.Helper()
-	slot, err := s.pool.Acquire(t.Context(), network.Policy{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.pool.Release(context.Background(), slot) })
-	if err := slot.Prepare(); err != nil {
-		t.Fatal(err)
-	}
+	slot := s.slot(t)
 	s.n++
 	m := microvm.Machine{
 		ID: sandbox.ID(fmt.Sprintf("box%d", s.n)), Dir: t.TempDir(), UID: 1<<30 + 0x7e5f<<14 + uint32(s.n),
 		Group: fmt.Sprintf("/wrenn-%s/box%d", tag, s.n), Cgroups: s.cgroups, NetNS: slot.InnerNetNS, TAP: "tap0", MAC: "02:fc:00:00:00:15",
-		CPUs: 1, MemoryMiB: memoryMiB, Kernel: file(t), Initramfs: file(t), CmdLine: "quiet -- -vm", Agent: file(t),
+		CPUs: 1, MemoryMiB: memoryMiB, Kernel: readable(t), Initramfs: readable(t), CmdLine: "quiet -- -vm", Agent: readable(t),
 	}
 	for _, dir := range []string{m.Run(), m.Jail()} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -112,11 +105,6 @@ func (s *site) machine(t *testing.T) microvm.Machine {
 	}
 	for _, path := range []string{m.Run(), m.Disk()} {
 		if err := os.Chown(path, int(m.UID), int(m.UID)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, path := range []string{m.Kernel, m.Initramfs, m.Agent} {
-		if err := os.Chmod(path, 0o444); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -285,6 +273,29 @@ func TestLoadDamaged(t *testing.T) {
 				t.Errorf("with %s damaged: %v", name, err)
 			}
 		}
+	}
+}
+
+// A Firecracker that was taken over puts the socket of another in the place of its own.
+func TestSocketOfAnother(t *testing.T) {
+	s := newSite(t)
+	f := s.monitor(t, "1.15.1", firecracker.Config{})
+	m, other := s.machine(t), s.machine(t)
+	for _, m := range []microvm.Machine{m, other} {
+		if _, err := f.Boot(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	call(t, m, f.Pause)
+	socket := filepath.Join(m.Run(), "api.sock")
+	if err := os.Remove(socket); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(other.Run(), "api.sock"), socket); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Pause(t.Context(), m); err == nil || !strings.Contains(err.Error(), "not the machine's") {
+		t.Errorf("pause of another's machine: %v", err)
 	}
 }
 
