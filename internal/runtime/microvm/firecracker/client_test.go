@@ -27,6 +27,7 @@ func TestMain(m *testing.M) {
 	if fake.IsProgram() {
 		os.Exit(fake.Main())
 	}
+	os.Setenv("GORACE", "atexit_sleep_ms=0") // else each fake takes a second to end
 	os.Exit(m.Run())
 }
 

@@ -115,11 +115,17 @@ func runTiny(ctx context.Context, cpu uintptr, shared []byte) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	thread := unix.Gettid()
+	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
 		shared[1] = 1 // immediate_exit; the signal ends the run that is under way
 		_ = unix.Tgkill(unix.Getpid(), thread, unix.SIGURG)
 	})
-	defer stop()
+	defer func() {
+		if !stop() {
+			<-stopped // the caller unmaps what is written to
+		}
+	}()
 	said := byte(0)
 	for {
 		if _, err := ioctl(cpu, kvmRun, 0); err != nil {
