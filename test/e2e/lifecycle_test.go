@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -15,8 +16,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
+	"github.com/wrenn/wrenn/internal/runtime/microvm"
 )
 
 // do is a call of the API on the sandbox that must have that status.
@@ -81,9 +84,10 @@ func (b *box) count(port int) int {
 	return n
 }
 
+func TestAPausedSandboxSurvivesAReboot(t *testing.T) { pausedSurvivesReboot(t, startPlatform(t)) }
+
 // A host that boots again has no process, no namespace and no cgroup of before.
-func TestAPausedSandboxSurvivesAReboot(t *testing.T) {
-	p := startPlatform(t)
+func pausedSurvivesReboot(t *testing.T, p *platform) {
 	b := p.create(nil)
 	b.counter(8000)
 	shell := b.background("exec bash --norc", true)
@@ -112,6 +116,9 @@ func TestAPausedSandboxSurvivesAReboot(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := os.RemoveAll(filepath.Join(p.dir, "agent", "runsc")); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(microvm.RemoveAll(tag), disk.Unmount(filepath.Join(p.dir, "agent"))); err != nil {
 		t.Fatal(err)
 	}
 	p.start()
@@ -215,7 +222,10 @@ func TestAHundredRequestsAtOnceWakeASandboxAndAreAnswered(t *testing.T) {
 }
 
 func TestConnectionsOfBeforeAPauseAreOver(t *testing.T) {
-	p := startPlatform(t)
+	connectionsOfBeforeAreOver(t, startPlatform(t))
+}
+
+func connectionsOfBeforeAreOver(t *testing.T, p *platform) {
 	b := p.create(nil)
 	b.run("nohup python3 -c '" + `
 import socket, threading
@@ -306,8 +316,9 @@ func echo(conn net.Conn) error {
 	return nil
 }
 
-func TestForksGoOnEachByItself(t *testing.T) {
-	p := startPlatform(t)
+func TestForksGoOnEachByItself(t *testing.T) { forksGoOn(t, startPlatform(t)) }
+
+func forksGoOn(t *testing.T, p *platform) {
 	b := p.create(map[string]any{"envVars": map[string]string{"COLOUR": "red"}})
 	b.counter(8000)
 	before := b.count(8000)
@@ -318,7 +329,7 @@ func TestForksGoOnEachByItself(t *testing.T) {
 		}
 		Error any
 	}
-	if err := json.Unmarshal(b.do("POST", "/fork", map[string]any{"count": 3, "timeout": 100}, 201), &forks); err != nil || len(forks) != 3 {
+	if err := json.Unmarshal(b.do("POST", "/fork", map[string]any{"count": 4, "timeout": 100}, 201), &forks); err != nil || len(forks) != 4 {
 		t.Fatalf("%d forks, %v", len(forks), err)
 	}
 	random := map[string]bool{}

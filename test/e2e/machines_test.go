@@ -1,0 +1,96 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
+)
+
+// startMachines starts a platform whose sandboxes are virtual machines.
+func startMachines(t *testing.T, flags ...string) *platform {
+	t.Helper()
+	p := newPlatform(t, append([]string{"--runtime", "qemu"}, flags...)...)
+	// Kept between runs, as templates are.
+	kernels := filepath.Join(filepath.Dir(suite.data), "kernels")
+	if _, err := kernel.Install(t.Context(), kernels, kernel.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(kernels, filepath.Join(p.dir, "kernels")); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	return p
+}
+
+func TestVirtualMachines(t *testing.T) {
+	p := startMachines(t)
+	t.Run("a sandbox has a kernel of its own", func(t *testing.T) {
+		b := p.create(nil)
+		if got := b.run("uname -r"); !strings.Contains(got, "cloud-amd64") {
+			t.Errorf("its kernel is %s", got)
+		}
+		if got, want := b.run("hostname"), b.id+"\n"; got != want {
+			t.Errorf("its name is %q, want %q", got, want)
+		}
+		if got := b.run("nproc; stat -f -c %T /"); got != "2\next2/ext3\n" {
+			t.Errorf("it has %q", got)
+		}
+		b.kill()
+	})
+	t.Run("a counter in memory and on disk goes on after a pause", func(t *testing.T) {
+		b := p.create(nil)
+		b.counter(8000)
+		b.run("echo 1 > /root/disk")
+		for i := range 3 {
+			before := b.count(8000)
+			b.pause()
+			b.resume()
+			if got := b.count(8000); got != before+1 {
+				t.Errorf("the counter went from %d to %d", before, got)
+			}
+			if got, want := b.run("n=$(cat /root/disk); echo $((n+1)) | tee /root/disk"), fmt.Sprintf("%d\n", i+2); got != want {
+				t.Errorf("the one on the disk is %q, want %q", got, want)
+			}
+		}
+		b.kill()
+	})
+	t.Run("forks go on each by itself", func(t *testing.T) { forksGoOn(t, p) })
+	t.Run("connections of before a pause are over", func(t *testing.T) { connectionsOfBeforeAreOver(t, p) })
+	t.Run("sandboxes outlive a killed platform", func(t *testing.T) {
+		b := p.create(nil)
+		b.counter(8000)
+		before := b.count(8000)
+		p.end(syscall.SIGKILL)
+		p.start()
+		if got := b.count(8000); got != before+1 {
+			t.Errorf("the counter went from %d to %d", before, got)
+		}
+		b.kill()
+	})
+	t.Run("a paused sandbox survives a reboot", func(t *testing.T) { pausedSurvivesReboot(t, p) })
+}
+
+// TestClientsUseVirtualMachines runs the suites of E2B's SDKs where the sandboxes are
+// virtual machines.
+func TestClientsUseVirtualMachines(t *testing.T) {
+	p := startMachines(t)
+	testdata, err := filepath.Abs("testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := p.environ("MODE=plain", "TESTDATA="+testdata)
+	for name, command := range map[string]func(*testing.T, string) *exec.Cmd{"js": jsSuite, "python": pythonSuite} {
+		t.Run(name, func(t *testing.T) {
+			report := filepath.Join(t.TempDir(), "report.xml")
+			cmd := command(t, report)
+			cmd.Env = append(env, cmd.Env...)
+			runSuite(t, cmd, report)
+		})
+	}
+}
