@@ -87,6 +87,10 @@ func processesOf(t testing.TB, text, cgroup string) []string {
 		// A process may end at any time; then its files cannot be read.
 		args, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
 		groups, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cgroup"))
+		// One that has ended holds nothing, and goes when its parent has looked.
+		if status, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "status")); bytes.Contains(status, []byte("\nState:\tZ")) {
+			continue
+		}
 		if bytes.Contains(args, []byte(text)) || bytes.Contains(groups, []byte(cgroup)) {
 			found = append(found, fmt.Sprintf("process %d: %s", pid, bytes.ReplaceAll(args, []byte{0}, []byte{' '})))
 		}

@@ -242,19 +242,17 @@ def serve(c):
 while True:
     c, _ = s.accept(); threading.Thread(target=serve, args=(c,)).start()
 ` + "' >/dev/null 2>&1 &")
-	dial := func() net.Conn {
-		conn, err := b.tunnel(7000)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
+	dial := func() (conn net.Conn) {
+		eventually(t, 10*time.Second, "the echo answers", func() (err error) {
+			if conn, err = b.tunnel(7000); err != nil {
+				return err
+			}
+			t.Cleanup(func() { conn.Close() })
+			return echo(conn)
+		})
 		return conn
 	}
-	var conn net.Conn
-	eventually(t, 10*time.Second, "the echo answers", func() error {
-		conn = dial()
-		return echo(conn)
-	})
+	conn := dial()
 	// A snapshot cuts nothing.
 	b.do("POST", "/snapshots", map[string]any{}, 201)
 	if err := echo(conn); err != nil {
@@ -271,7 +269,7 @@ while True:
 		}
 		return nil
 	})
-	eventually(t, 5*time.Second, "it takes new ones", func() error { return echo(dial()) })
+	dial() // it takes new ones
 }
 
 // tunnel opens a connection to a port by CONNECT.
