@@ -13,11 +13,12 @@ import (
 )
 
 // wanted is what a machine needs and a distribution's kernel has as modules: the
-// bus its devices are on, disk, network, random numbers, the balloon, and what
+// bus its devices are on, disk, network, random numbers, the balloon, what the guest
+// agent makes ports of the loopback reachable with, and what
 // ends connections that a resumed guest still thinks open.
 var wanted = []string{
 	"virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng",
-	"virtio_balloon", "vmgenid", "ext4", "tcp_diag",
+	"virtio_balloon", "vmgenid", "ext4", "tcp_diag", "nft_chain_nat", "nft_redir",
 }
 
 // copyModules copies those of wanted that are below from, with what they need, to
