@@ -36,13 +36,14 @@ sandboxes go on and the next start takes them over.`,
 			if err != nil {
 				return err
 			}
-			if err := opts.prepareAgentDir(cmd.Context(), dir, newLogger(os.Stderr)); err != nil {
+			p := newPlatform(dir, opts, newLogger(os.Stderr))
+			if err := p.prepareAgent(cmd.Context()); err != nil {
 				return err
 			}
 			return runForeground(cmd.Context(), part{
 				name: "wrenn agent", data: dir, lock: dataDir(dir.agent()),
-				start: func(ctx context.Context, _ io.Writer, log *slog.Logger) (*platform, error) {
-					return newPlatform(dir, opts, log).startAgentAlone(ctx)
+				start: func(ctx context.Context, _ io.Writer, _ *slog.Logger) (*platform, error) {
+					return p.startAgentAlone(ctx)
 				},
 				ready: func(*platform) string { return fmt.Sprintf("The host agent is up (data in %s).", dir) },
 			}, opts)

@@ -52,6 +52,8 @@ type platform struct {
 	apiURL string
 	remote bool // the host agent is another process
 
+	runtime string // of the sandboxes here; empty before prepareAgent
+
 	ended chan error // the first part that ended by itself says why
 	kill  bool       // stop ends the sandboxes too
 	undo  []func(context.Context) error
@@ -178,13 +180,13 @@ func (p *platform) startControlPlane(ctx context.Context, build template.Build) 
 
 // openAgent starts the host agent of a data directory: it takes over the
 // sandboxes that run there.
-func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logger) (*agent.Agent, engine, error) {
+func openAgent(ctx context.Context, dir dataDir, opts upOptions, runtime string, log *slog.Logger) (*agent.Agent, engine, error) {
 	bin := filepath.Join(dir.agent(), "bin")
 	envd, err := guest.Install(bin)
 	if err != nil {
 		return nil, nil, err
 	}
-	rt, err := openRuntime(ctx, dir, opts, log)
+	rt, err := openRuntime(ctx, dir, runtime, log)
 	if err != nil {
 		return nil, nil, fmt.Errorf("prepare runtime: %w", err)
 	}
@@ -193,7 +195,7 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 		Pool: opts.PoolMemory << 20,
 		Network: network.Config{
 			Tag: dir.tag(), CIDR: opts.NetworkCIDR, Allow: opts.AllowCIDRs, Resolver: opts.Resolver,
-			Ready: opts.ReadySlots, TAP: opts.virtualMachines(), Log: log,
+			Ready: opts.ReadySlots, TAP: makesMachines(runtime), Log: log,
 		},
 	})
 	if err != nil {
@@ -210,7 +212,7 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logge
 func (p *platform) reachAgent(ctx context.Context) (hostagentconnect.HostAgentClient, error) {
 	dial := p.dir.dialAgent
 	if !p.remote {
-		if err := p.opts.prepareAgentDir(ctx, p.dir, p.log); err != nil {
+		if err := p.prepareAgent(ctx); err != nil {
 			return nil, err
 		}
 		lock, err := takeLock(ctx, p.dir, dataDir(p.dir.agent()))
@@ -232,9 +234,18 @@ func (p *platform) reachAgent(ctx context.Context) (hostagentconnect.HostAgentCl
 	return hostagentconnect.NewHostAgentClient(&http.Client{Transport: transport}, "http://host-agent"), nil
 }
 
+// prepareAgent settles the runtime and makes the agent's directory ready for it,
+// before the lock in it is taken.
+func (p *platform) prepareAgent(ctx context.Context) (err error) {
+	if p.runtime, err = p.opts.choose(ctx, p.dir, p.log); err != nil {
+		return fmt.Errorf("choose runtime: %w", err)
+	}
+	return prepareAgentDir(ctx, p.dir, p.runtime, p.log)
+}
+
 // serveAgent starts the host agent and serves its RPC interface.
 func (p *platform) serveAgent(ctx context.Context, at net.Listener) error {
-	a, rt, err := openAgent(ctx, p.dir, p.opts, p.log)
+	a, rt, err := openAgent(ctx, p.dir, p.opts, p.runtime, p.log)
 	if err != nil {
 		return err
 	}

@@ -14,21 +14,24 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/internal/disk"
+	"github.com/wrenn/wrenn/internal/memory/pager"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
 	"github.com/wrenn/wrenn/internal/runtime/microvm"
+	"github.com/wrenn/wrenn/internal/runtime/microvm/firecracker"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/qemu"
 )
 
 // The runtimes that --runtime takes.
 const (
-	runtimeAuto   = "auto"
-	runtimeGVisor = "gvisor"
-	runtimeQEMU   = "qemu"
+	runtimeAuto        = "auto"
+	runtimeGVisor      = "gvisor"
+	runtimeFirecracker = "firecracker"
+	runtimeQEMU        = "qemu"
 )
 
-var runtimeNames = []string{runtimeAuto, runtimeGVisor, runtimeQEMU}
+var runtimeNames = []string{runtimeAuto, runtimeGVisor, runtimeFirecracker, runtimeQEMU}
 
 // engine is the runtime of a platform, which ends with it.
 type engine interface {
@@ -43,14 +46,78 @@ func (o *upOptions) parseRuntime() error {
 	return nil
 }
 
+// choose settles which runtime is meant. Without a choice of the operator's it is
+// Firecracker where that boots the kernel that is installed, else gVisor. One that was
+// chosen and cannot run here says why, and what would.
+func (o *upOptions) choose(ctx context.Context, dir dataDir, log *slog.Logger) (string, error) {
+	switch o.Runtime {
+	case runtimeAuto:
+		if err := tryFirecracker(ctx, dir); err != nil {
+			log.Debug("sandboxes run in gVisor", "why", err)
+			return runtimeGVisor, ctx.Err()
+		}
+		return runtimeFirecracker, nil
+	case runtimeFirecracker:
+		if err := tryFirecracker(ctx, dir); err != nil {
+			return "", fmt.Errorf("%w; --runtime %s runs on any host, and --runtime %s makes virtual machines, slowly where KVM cannot boot Linux", err, runtimeGVisor, runtimeQEMU)
+		}
+	}
+	return o.Runtime, nil
+}
+
+func tryFirecracker(ctx context.Context, dir dataDir) error {
+	monitor, err := newFirecracker(ctx, dir)
+	if err != nil {
+		return err
+	}
+	k, err := dir.kernel()
+	if err != nil {
+		return err
+	}
+	return monitor.Probe(ctx, k)
+}
+
+func newFirecracker(ctx context.Context, dir dataDir) (*firecracker.Monitor, error) {
+	return firecracker.New(ctx, firecracker.Config{Data: string(dir), Pager: dir.pager})
+}
+
+// pager connects to the pager of this data directory, and starts it if need be.
+func (d dataDir) pager(ctx context.Context) (*pager.Client, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(d.pagerLog()), 0o755); err != nil {
+		return nil, err
+	}
+	log, err := os.OpenFile(d.pagerLog(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	return pager.Start(ctx, d.pagerSocket(), []string{self, "pager", "--socket", d.pagerSocket()}, log)
+}
+
+// kernel is what virtual machines boot.
+func (d dataDir) kernel() (kernel.Kernel, error) {
+	k, err := kernel.Load(d.kernels())
+	if err != nil {
+		return k, fmt.Errorf("%w --data %s", err, d)
+	}
+	return k, nil
+}
+
+// makesMachines reports whether a runtime's sandboxes are virtual machines.
+func makesMachines(name string) bool { return name == runtimeFirecracker || name == runtimeQEMU }
+
 // prepareAgentDir makes the host agent's directory ready for the runtime: virtual
 // machines want their disks on a file system that clones files at once. It comes
 // before anything is opened there, the agent's lock included.
-func (o *upOptions) prepareAgentDir(ctx context.Context, dir dataDir, log *slog.Logger) error {
+func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog.Logger) error {
 	if err := os.MkdirAll(dir.agent(), 0o700); err != nil {
 		return fmt.Errorf("make agent directory: %w", err)
 	}
-	if !o.virtualMachines() {
+	if !makesMachines(runtime) {
 		return nil
 	}
 	reflinks, err := disk.HoldsReflinks(dir.agent())
@@ -72,9 +139,6 @@ func (o *upOptions) prepareAgentDir(ctx context.Context, dir dataDir, log *slog.
 	return os.Chmod(dir.agent(), 0o700)
 }
 
-// virtualMachines reports whether the runtime that was chosen makes them.
-func (o *upOptions) virtualMachines() bool { return o.Runtime == runtimeQEMU }
-
 // refuseHidden refuses to mount over sandboxes of another runtime.
 func (d dataDir) refuseHidden() error {
 	for _, name := range []string{"sandboxes", "images"} {
@@ -89,15 +153,27 @@ func (d dataDir) refuseHidden() error {
 	return nil
 }
 
-// openRuntime prepares the runtime that was chosen. One that cannot run here says why,
-// and what would.
-func openRuntime(ctx context.Context, dir dataDir, opts upOptions, log *slog.Logger) (engine, error) {
-	switch opts.Runtime {
-	case runtimeQEMU:
-		return openQEMU(ctx, dir, log)
-	default:
+// openRuntime prepares the runtime of that name.
+func openRuntime(ctx context.Context, dir dataDir, name string, log *slog.Logger) (engine, error) {
+	if !makesMachines(name) {
 		return openGVisor(dir, log)
 	}
+	k, err := dir.kernel()
+	if err != nil {
+		return nil, err
+	}
+	var monitor microvm.Monitor
+	if name == runtimeFirecracker {
+		monitor, err = newFirecracker(ctx, dir)
+	} else {
+		monitor, err = newQEMU(ctx, dir, k, log)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return microvm.New(microvm.Config{
+		Monitor: monitor, Kernel: k, Disks: filepath.Join(dir.agent(), "disks"), Tag: dir.tag(), Log: log,
+	})
 }
 
 // keepOfRuntime is what the runtime needs of the agent's bin directory.
@@ -116,11 +192,7 @@ func openGVisor(dir dataDir, log *slog.Logger) (engine, error) {
 	return gvisor.New(gvisor.Config{Binary: runsc, Root: dir.runsc(), Tag: dir.tag(), Log: log})
 }
 
-func openQEMU(ctx context.Context, dir dataDir, log *slog.Logger) (engine, error) {
-	k, err := kernel.Load(dir.kernels())
-	if err != nil {
-		return nil, fmt.Errorf("%w --data %s", err, dir)
-	}
+func newQEMU(ctx context.Context, dir dataDir, k kernel.Kernel, log *slog.Logger) (*qemu.Monitor, error) {
 	accelerator, why, err := qemu.Choose(ctx, k, filepath.Join(string(dir), "kvm.json"))
 	if err != nil {
 		return nil, err
@@ -128,11 +200,5 @@ func openQEMU(ctx context.Context, dir dataDir, log *slog.Logger) (engine, error
 	if accelerator == qemu.TCG {
 		log.Warn("virtual machines are emulated in software, and are slow", "why", why)
 	}
-	monitor, err := qemu.New(ctx, qemu.Config{Accelerator: accelerator})
-	if err != nil {
-		return nil, err
-	}
-	return microvm.New(microvm.Config{
-		Monitor: monitor, Kernel: k, Disks: filepath.Join(dir.agent(), "disks"), Tag: dir.tag(), Log: log,
-	})
+	return qemu.New(ctx, qemu.Config{Accelerator: accelerator})
 }

@@ -37,6 +37,7 @@ func (d dataDir) disks() string       { return filepath.Join(string(d), "disks.x
 func (d dataDir) agent() string       { return filepath.Join(string(d), "agent") }
 func (d dataDir) socket() string      { return filepath.Join(d.agent(), "agent.sock") }
 func (d dataDir) pagerSocket() string { return filepath.Join(d.agent(), "pager.sock") }
+func (d dataDir) pagerLog() string    { return filepath.Join(string(d), "log", "pager.log") }
 func (d dataDir) runsc() string       { return filepath.Join(d.agent(), "runsc") }
 func (d dataDir) sandboxes() string   { return filepath.Join(d.agent(), "sandboxes") }
 func (d dataDir) log() string         { return filepath.Join(string(d), "log", "wrenn.log") }

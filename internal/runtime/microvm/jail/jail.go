@@ -75,21 +75,25 @@ func Start(ctx context.Context, c Config) (process.ID, error) {
 	if err := ctx.Err(); err != nil {
 		return process.ID{}, err
 	}
-	type result struct {
-		id  process.ID
-		err error
-	}
-	done := make(chan result, 1)
+	var (
+		pid  int
+		err  error
+		done = make(chan struct{})
+	)
 	onThread(func() {
-		id, err := c.start()
+		defer close(done)
+		pid, err = c.start()
 		err = errors.Join(err, c.out())
-		done <- result{id, err}
 	})
-	r := <-done
-	if r.err != nil {
-		return process.ID{}, fmt.Errorf("start %s in its jail: %w", filepath.Base(c.Program), r.err)
+	<-done
+	var id process.ID
+	if err == nil { // out here, where there is /proc
+		id, err = process.Identify(pid)
 	}
-	return r.id, nil
+	if err != nil {
+		return process.ID{}, fmt.Errorf("start %s in its jail: %w", filepath.Base(c.Program), err)
+	}
+	return id, nil
 }
 
 // onThread runs f on a thread of its own, which ends with f. The process's first
@@ -113,27 +117,28 @@ func onThread(f func()) {
 	}()
 }
 
-func (c *Config) start() (process.ID, error) {
+// start starts the monitor and returns its pid.
+func (c *Config) start() (pid int, err error) {
 	if err := c.enter(); err != nil {
-		return process.ID{}, err
+		return 0, err
 	}
 	if c.Inside != nil {
 		if err := c.Inside(c); err != nil {
-			return process.ID{}, err
+			return 0, err
 		}
 	}
 	if err := c.buildRoot(); err != nil {
-		return process.ID{}, fmt.Errorf("build root directory: %w", err)
+		return 0, fmt.Errorf("build root directory: %w", err)
 	}
 	if err := dropCapabilities(); err != nil {
-		return process.ID{}, err
+		return 0, err
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return process.ID{}, fmt.Errorf("set no_new_privs: %w", err)
+		return 0, fmt.Errorf("set no_new_privs: %w", err)
 	}
 	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
 	if err != nil {
-		return process.ID{}, err
+		return 0, err
 	}
 	defer null.Close()
 	out := c.Stdout
@@ -155,11 +160,11 @@ func (c *Config) start() (process.ID, error) {
 		SysProcAttr: attr,
 	}
 	if err := cmd.Start(); err != nil {
-		return process.ID{}, err
+		return 0, err
 	}
-	id, err := process.Identify(cmd.Process.Pid)
 	// It is waited for by whoever holds it, by a pidfd.
-	return id, errors.Join(err, cmd.Process.Release())
+	pid = cmd.Process.Pid
+	return pid, cmd.Process.Release()
 }
 
 // out takes the thread out of the group again, which is looked through for processes
