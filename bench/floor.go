@@ -40,7 +40,7 @@ const (
 
 // newFloor uses what the platform in dataDir uses.
 func newFloor(ctx context.Context, dataDir string) (*floor, error) {
-	f := &floor{http: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}}
+	f := &floor{http: newFloorClient()}
 	var err error
 	if f.runsc, err = newest(filepath.Join(dataDir, "agent/bin/runsc-*")); err != nil {
 		return nil, err
@@ -66,6 +66,10 @@ func newFloor(ctx context.Context, dataDir string) (*floor, error) {
 		return nil, fmt.Errorf("prepare floor's network: %w", err)
 	}
 	return f, nil
+}
+
+func newFloorClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 }
 
 func (f *floor) close(ctx context.Context) error {

@@ -28,6 +28,7 @@ func newBenchCmd() *cobra.Command {
 		newBenchmark("lifecycle", "Create, first output, exec and kill, beside bare runsc", 40, "sandboxes to measure", bench.Lifecycle),
 		newBenchmark("density", "Memory and CPU of idle sandboxes", 100, "sandboxes at once", bench.Density),
 		newBenchmark("churn", "Create and kill in a loop: failures, leaks, growth", 500, "cycles", bench.Churn),
+		newBenchmark("microvm", "Boot, pause, resume and fork of virtual machines, beside bare QEMU", 5, "machines to measure", bench.MicroVM),
 		newTerminalBenchmark(),
 		newTerminalPartCmd(),
 		newEnvdBenchmark(),

@@ -87,6 +87,11 @@ func (p *platform) start(ctx context.Context, progress io.Writer) (_ *platform, 
 	if err := dir.keepPrivate(); err != nil {
 		return nil, err
 	}
+	if !p.remote {
+		if err := p.prepareAgent(ctx); err != nil {
+			return nil, err
+		}
+	}
 	build, err := template.EnsureBase(ctx, template.Config{
 		Dir: dir.templates(), TrustHostCAs: !opts.NoHostCAs, Progress: progress, Log: log,
 	})
@@ -212,9 +217,6 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, runtime string,
 func (p *platform) reachAgent(ctx context.Context) (hostagentconnect.HostAgentClient, error) {
 	dial := p.dir.dialAgent
 	if !p.remote {
-		if err := p.prepareAgent(ctx); err != nil {
-			return nil, err
-		}
 		lock, err := takeLock(ctx, p.dir, dataDir(p.dir.agent()))
 		if err != nil {
 			return nil, err

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -30,6 +31,7 @@ type manifest struct {
 	// again. They may hold secrets, as the memory does; nobody but root reads it.
 	EnvVars map[string]string `json:"env_vars,omitempty"`
 	Files   map[string]int64  `json:"files"` // sizes in bytes
+	Bytes   int64             `json:"bytes"` // that the image takes on disk, without what it shares with others
 	Created time.Time         `json:"created"`
 }
 
@@ -43,6 +45,9 @@ type image struct {
 
 // bytes is what the image takes on disk.
 func (im image) bytes() (n int64) {
+	if im.Bytes > 0 {
+		return im.Bytes
+	}
 	for _, size := range im.Files {
 		n += size
 	}
@@ -99,9 +104,15 @@ func writeImage(dir string, m manifest) (image, error) {
 			return im, err
 		}
 		im.Files[e.Name()] = info.Size()
-		if err := syncPath(filepath.Join(dir, e.Name())); err != nil {
+		path := filepath.Join(dir, e.Name())
+		if err := syncPath(path); err != nil {
 			return im, err
 		}
+		own, err := disk.OwnBytes(path)
+		if err != nil {
+			return im, err
+		}
+		im.Bytes += own
 	}
 	data, err := json.Marshal(im.manifest)
 	if err != nil {

@@ -47,9 +47,13 @@ func TestVirtualMachines(t *testing.T) {
 		b := p.create(nil)
 		b.counter(8000)
 		b.run("echo 1 > /root/disk")
-		for i := range 3 {
+		for i := range 12 {
 			before := b.count(8000)
 			b.pause()
+			layers, _ := filepath.Glob(filepath.Join(p.dir, "agent", "sandboxes", b.id, "image", "memory-*.layer"))
+			if n := len(layers); n < 1 || n > 11 {
+				t.Errorf("after %d pauses its memory has %d layers", i+1, n)
+			}
 			b.resume()
 			if got := b.count(8000); got != before+1 {
 				t.Errorf("the counter went from %d to %d", before, got)

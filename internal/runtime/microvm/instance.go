@@ -37,6 +37,8 @@ type instance struct {
 
 	snapshots sync.Mutex // held while one is taken, or the machine resumed
 
+	endCompaction func() // ends what compact began, and waits for it; nil: nothing was begun
+
 	mu       sync.Mutex
 	stopping bool      // Stop was called
 	teardown *teardown // the clean-up under way or over; nil before the first
@@ -188,6 +190,9 @@ func (i *instance) free(ctx context.Context) error {
 	case <-i.rt.ctx.Done(): // no watcher any more
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+	if i.endCompaction != nil {
+		i.endCompaction() // it writes where is removed
 	}
 	return free(ctx, i.rt.cgroups, i.rt.cfg.Tag, i.id, i.state.Machine.Dir)
 }

@@ -45,6 +45,8 @@ type Runtime struct {
 	stop context.CancelFunc
 	work sync.WaitGroup // watchers and clean-ups
 
+	compacting chan struct{} // holds a token while memory is compacted
+
 	mu      sync.Mutex
 	claimed map[sandbox.ID]bool // ids being created just now
 }
@@ -65,7 +67,7 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, fmt.Errorf("new %s runtime: %w", cfg.Monitor.Name(), err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	return &Runtime{cfg: cfg, cgroups: cgroups, disks: disks, ctx: ctx, stop: stop, claimed: map[sandbox.ID]bool{}}, nil
+	return &Runtime{cfg: cfg, cgroups: cgroups, disks: disks, ctx: ctx, stop: stop, compacting: make(chan struct{}, 1), claimed: map[sandbox.ID]bool{}}, nil
 }
 
 // Name implements runtime.Runtime.

@@ -157,7 +157,13 @@ func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime
 	if errors.Is(err, os.ErrProcessDone) {
 		return nil, errors.New("the monitor ended at once")
 	}
-	return inst, err
+	if err != nil {
+		return nil, err
+	}
+	if image != nil && image.Kind == runtime.ImageMemory {
+		inst.compact()
+	}
+	return inst, nil
 }
 
 // machine says what the machine of an instance is.
