@@ -80,22 +80,22 @@ func (r *Runtime) open(st state) (*instance, error) {
 			cancel()
 			console.interrupt()
 			<-reading
-			console.drain()
 		})
 	})
 	return i, nil
 }
 
-// watch waits for the end of the monitor, or of the runtime. drain reads what is
-// left of the console.
-func (i *instance) watch(drain func()) {
+// watch waits for the end of the monitor, or of the runtime. stopReading ends what
+// follows the console.
+func (i *instance) watch(stopReading func()) {
 	defer i.engine.Close()
 	defer i.console.close()
 	err := i.engine.Wait(i.rt.ctx)
-	drain()
+	stopReading()
 	if err != nil {
 		return // the runtime is closed; the machine goes on without us
 	}
+	i.console.drain()
 	i.exit = i.explain()
 	close(i.done)
 }
