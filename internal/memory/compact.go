@@ -64,13 +64,10 @@ func (img *Image) merge(ctx context.Context) (h header, err error) {
 	if err := b.build(ctx); err != nil {
 		return h, err
 	}
-	if err := w.finish(img.dir); err != nil {
-		return h, err
-	}
 	h.layers = append(h.layers, w.ref)
 	h.runs = overlay(h.runs, b.runs)
 	h.prune()
-	return h, writeHeader(img.dir, h)
+	return h, finish(img.dir, h, w)
 }
 
 // layersSource has the blocks of all layers but one.

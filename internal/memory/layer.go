@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -143,16 +144,16 @@ func (w *layerWriter) append(p []byte) (at uint32, err error) {
 	return uint32(first), nil
 }
 
-// finish makes the layer last, and gives it its name.
-func (w *layerWriter) finish(dir string) error {
+// end writes what comes after the blocks.
+func (w *layerWriter) end() error {
 	tail := append(w.sums, layerFooter(w.ref.blocks, crc32.Checksum(w.sums, castagnoli))...)
-	if _, err := w.file.WriteAt(tail, int64(w.ref.blocks)*BlockSize); err != nil {
-		return err
-	}
-	if err := w.file.Sync(); err != nil {
-		return err
-	}
-	return os.Rename(w.file.Name(), dir+"/"+w.ref.fileName())
+	_, err := w.file.WriteAt(tail, int64(w.ref.blocks)*BlockSize)
+	return err
+}
+
+// name gives the layer its name. It is on the disk by then.
+func (w *layerWriter) name(dir string) error {
+	return os.Rename(w.file.Name(), filepath.Join(dir, w.ref.fileName()))
 }
 
 // discard closes the file, and removes it unless it was finished.

@@ -70,12 +70,7 @@ func write(ctx context.Context, dir string, size int64, parent *Image, source So
 		return err
 	}
 	h.runs = overlay(h.runs, b.runs)
-	if w.ref.blocks > 0 {
-		if err := w.finish(dir); err != nil {
-			return err
-		}
-		h.layers = append(h.layers, w.ref)
-	}
+	h.layers = append(h.layers, w.ref) // pruned if nothing is in it
 	h.prune()
 	var linked []string
 	defer func() {
@@ -88,7 +83,7 @@ func write(ctx context.Context, dir string, size int64, parent *Image, source So
 	}()
 	for _, l := range h.layers {
 		if l.id == w.ref.id {
-			continue
+			continue // is not finished yet
 		}
 		path := filepath.Join(dir, l.fileName())
 		made, err := linkLayer(parent.layer(l), path)
@@ -99,7 +94,7 @@ func write(ctx context.Context, dir string, size int64, parent *Image, source So
 			linked = append(linked, path)
 		}
 	}
-	return writeHeader(dir, h)
+	return finish(dir, h, w)
 }
 
 func (img *Image) layer(ref layerRef) *Layer {
@@ -146,8 +141,9 @@ func linkLayer(l *Layer, path string) (made bool, err error) {
 	return true, os.Rename(f.Name(), path)
 }
 
-// writeHeader puts the header in its place, whole or not at all.
-func writeHeader(dir string, h header) error {
+// finish makes a new layer, if anything is in it, and the header last, and puts the
+// header in its place: all of that is there afterwards, or nothing.
+func finish(dir string, h header, w *layerWriter) error {
 	f, err := os.CreateTemp(dir, tempPrefix)
 	if err != nil {
 		return err
@@ -157,8 +153,19 @@ func writeHeader(dir string, h header) error {
 	if _, err := f.Write(h.encode()); err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
+	if err := w.end(); err != nil {
 		return err
+	}
+	var g errgroup.Group // the two wait for the disk together
+	g.Go(w.file.Sync)
+	g.Go(f.Sync)
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if w.ref.blocks > 0 {
+		if err := w.name(dir); err != nil {
+			return err
+		}
 	}
 	if err := os.Rename(f.Name(), filepath.Join(dir, HeaderName)); err != nil {
 		return err

@@ -11,6 +11,9 @@ import (
 	"github.com/wrenn/wrenn/internal/memory"
 )
 
+// sequential is how much a fault puts in that goes on where the last one ended.
+const sequential = 256 << 10
+
 // errAgain says that the memory is being changed: an event tells of it, which has
 // to be read first.
 var errAgain = errors.New("memory is being changed")
@@ -32,6 +35,8 @@ type guest struct {
 	regions []region // where the memory is now
 	removed bitmap   // pages that are zero, whatever the image has
 	present bitmap   // pages that were put in, to save asking the kernel
+
+	next atomic.Int64 // where the last window of a fault ended
 
 	copied, zeroed, served atomic.Int64 // bytes, and page faults
 }
@@ -141,7 +146,11 @@ func (g *guest) fault(e event, around int64, buf []byte) error {
 		return g.outcome(g.uffd.wake(at, int(g.page)))
 	}
 	window := max(around, g.page)
+	if around > g.page && offset == g.next.Load() { // one after the other
+		window = max(window, sequential)
+	}
 	n, err := g.put(offset, window-offset%window, buf, true)
+	g.next.Store(offset + n)
 	if n == 0 && err == nil {
 		err = g.outcome(g.uffd.wake(at, int(g.page)))
 	}
@@ -168,11 +177,11 @@ func (g *guest) fill(offset, length int64, buf []byte) (int64, error) {
 // is put in for certain; after it those that may be there already end it.
 func (g *guest) put(offset, length int64, buf []byte, wanted bool) (int64, error) {
 	length = g.alike(offset, max(min(length, int64(len(buf)))/g.page*g.page, g.page))
-	zero := false
+	var data []byte // nil for pages that are zero
 	if !g.removed.has(offset / g.page) {
 		var err error
 		// The disk may take its time: nothing is held.
-		if zero, length, err = g.load(offset, length, buf); err != nil {
+		if data, length, err = g.load(offset, length, buf); err != nil {
 			return 0, err
 		}
 	}
@@ -185,14 +194,14 @@ func (g *guest) put(offset, length int64, buf []byte, wanted bool) (int64, error
 	}
 	length = g.alike(offset, min(length, left))
 	if g.removed.has(offset / g.page) { // perhaps only since
-		zero, length = true, g.page
+		data, length = nil, g.page
 	}
 	g.hook("put")
-	if zero && g.page != memory.BlockSize { // cannot be zeroed but by a copy
-		clear(buf[:length])
-		zero = false
+	if data == nil && g.page != memory.BlockSize { // cannot be zeroed but by a copy
+		data = buf[:length]
+		clear(data)
 	}
-	return g.install(at, offset, length, zero, buf, wanted)
+	return g.install(at, offset, length, data, wanted)
 }
 
 // alike cuts length off at the first page, after the one at offset, that may be
@@ -208,35 +217,36 @@ func (g *guest) alike(offset, length int64) int64 {
 	return length
 }
 
-// load reads pages of the image, as many as are of one kind.
-func (g *guest) load(offset, length int64, buf []byte) (zero bool, n int64, err error) {
+// load reads pages of the image into buf, as many as are of one kind, and gives nil
+// for those that are zero.
+func (g *guest) load(offset, length int64, buf []byte) ([]byte, int64, error) {
 	if g.page != memory.BlockSize {
 		n := min(length, g.image.Size()-offset)
 		clear(buf[n:length])
 		_, err := g.image.ReadAt(buf[:n], offset)
-		return false, length, err
+		return buf[:length], length, err
 	}
 	run := g.image.Find(offset)
 	length = min(length, run.Length)
 	if run.Layer == nil {
-		return true, length, nil
+		return nil, length, nil
 	}
-	return false, length, run.Read(buf[:length])
+	return buf[:length], length, run.Read(buf[:length])
 }
 
 // install has the kernel put pages in.
-func (g *guest) install(at uint64, offset, length int64, zero bool, buf []byte, wanted bool) (int64, error) {
+func (g *guest) install(at uint64, offset, length int64, data []byte, wanted bool) (int64, error) {
 	done := int64(0)
 	for done < length {
 		var (
 			n   int
 			err error
 		)
-		if zero {
+		if data == nil {
 			n, err = g.uffd.zero(at+uint64(done), int(length-done))
 			g.zeroed.Add(int64(n))
 		} else {
-			n, err = g.uffd.copy(at+uint64(done), buf[done:length])
+			n, err = g.uffd.copy(at+uint64(done), data[done:length])
 			g.copied.Add(int64(n))
 		}
 		for i := range int64(n) / g.page {

@@ -49,7 +49,7 @@ func (s *server) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-func (s *server) buffer() []byte { return make([]byte, max(s.page, pieceSize)) }
+func (s *server) buffer() []byte { return make([]byte, max(s.page, sequential)) }
 
 // help serves what the reader hands on.
 func (s *server) help(ctx context.Context) error {
