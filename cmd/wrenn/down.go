@@ -12,6 +12,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/agent"
 	"github.com/wrenn/wrenn/internal/disk"
+	"github.com/wrenn/wrenn/internal/memory/pager"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
 	"github.com/wrenn/wrenn/internal/runtime/microvm"
@@ -99,6 +100,9 @@ func endLeftovers(ctx context.Context, dir dataDir) error {
 		return err
 	}
 	if err := microvm.RemoveAll(dir.tag()); err != nil {
+		return err
+	}
+	if err := pager.End(ctx, dir.pagerSocket()); err != nil {
 		return err
 	}
 	if err := network.RemoveAll(ctx, dir.tag()); err != nil {

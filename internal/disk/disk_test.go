@@ -596,3 +596,32 @@ func TestMountAfterOneThatWasKilled(t *testing.T) {
 		t.Error("none was killed before it ended")
 	}
 }
+
+func TestMountAgainWhileTheOldOneIsInUse(t *testing.T) {
+	host := mountNew(t, "ext4", 512<<20)
+	dir, file := filepath.Join(host, "dir"), filepath.Join(host, "data.xfs")
+	if err := Mount(t.Context(), dir, file, 1<<30); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(dir, "open"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := Unmount(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := Mount(t.Context(), dir, file, 1<<30); err != nil {
+		t.Fatal(err)
+	}
+	defer Unmount(dir)
+	if _, err := f.WriteString("written by who has it open"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "open")); err != nil || len(got) == 0 {
+		t.Errorf("it reads %q, %v", got, err)
+	}
+	if n := loopsOf(t, file); n != 1 {
+		t.Errorf("%d loop devices", n)
+	}
+}

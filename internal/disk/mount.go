@@ -105,13 +105,18 @@ func makeXFS(ctx context.Context, file string, size int64) error {
 }
 
 // attach makes a loop device of the file, which goes when nothing has it open or
-// mounted any more: so a process killed in between leaves none.
+// mounted any more: so a process killed in between leaves none. One that is there
+// is taken: what was unmounted goes on for as long as somebody uses it, and two
+// devices of one file would each write what it thinks is right.
 func attach(file string) (*os.File, error) {
 	backing, err := os.OpenFile(file, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer backing.Close()
+	if loop, err := attached(backing); loop != nil || err != nil {
+		return loop, err
+	}
 	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("%w: the kernel has no loop devices (modprobe loop); or put the data directory on XFS or Btrfs", err)
@@ -135,6 +140,31 @@ func attach(file string) (*os.File, error) {
 			return nil, fmt.Errorf("set up %s: %w", loop.Name(), err)
 		}
 	}
+}
+
+// attached finds the loop device that the file has, and opens it, so that it stays.
+// It is nil where there is none.
+func attached(backing *os.File) (*os.File, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(backing.Fd()), &st); err != nil {
+		return nil, err
+	}
+	found, err := filepath.Glob("/sys/block/loop*/loop") // there while the device has a file
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range found {
+		loop, err := os.OpenFile(filepath.Join("/dev", filepath.Base(filepath.Dir(path))), os.O_RDWR, 0)
+		if err != nil {
+			continue // it is somebody else's, and may go at any time
+		}
+		info, err := unix.IoctlLoopGetStatus64(int(loop.Fd()))
+		if err == nil && info.Inode == st.Ino && info.Device == st.Dev {
+			return loop, nil
+		}
+		loop.Close()
+	}
+	return nil, nil
 }
 
 // configure gives the loop device its file, past the page cache where the file's

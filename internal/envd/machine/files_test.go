@@ -27,9 +27,9 @@ func TestTheUsersLinesOfAHostsFileAreKept(t *testing.T) {
 		"with loopback":                  {"127.0.0.1 x localhost\n::1 localhost\n", "127.0.0.1 x localhost\n::1 localhost\n" + ours("")},
 		"loopback in a comment":          {"#127.0.0.1 localhost\n", "#127.0.0.1 localhost\n" + ours(v4+v6)},
 		"no line break at the end":       {"10.0.0.1 a", "10.0.0.1 a\n" + ours(v4+v6)},
-		"ours of before, lines around":   {"10.0.0.1 a\n" + blockBegin + "x\n" + blockEnd + "10.0.0.2 b\n", "10.0.0.1 a\n10.0.0.2 b\n" + ours(v4+v6)},
+		"ours of before, lines around":   {"10.0.0.1 a\n" + blockBegin + "x\n" + blockEnd + "10.0.0.2 b\n", "10.0.0.1 a\n" + ours(v4+v6) + "10.0.0.2 b\n"},
 		"ours twice":                     {blockBegin + blockEnd + blockBegin + blockEnd, ours(v4 + v6)},
-		"the end of ours cut off":        {blockBegin + "10.0.0.2 b\n", "10.0.0.2 b\n" + ours(v4+v6)},
+		"the end of ours cut off":        {blockBegin + "10.0.0.2 b\n", ours(v4+v6) + "10.0.0.2 b\n"},
 		"the same again changes nothing": {ours(v4 + v6), ours(v4 + v6)},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,0 +1,47 @@
+package pager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// End ends the pager at socket, if there is one, and returns when it has ended. The
+// virtual machines that it serves end with it.
+func End(ctx context.Context, socket string) error {
+	if err := end(ctx, socket); err != nil {
+		return fmt.Errorf("end pager: %w", err)
+	}
+	return nil
+}
+
+func end(ctx context.Context, socket string) error {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	h, err := peer(conn.(*net.UnixConn), 0)
+	if errors.Is(err, os.ErrProcessDone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if err := h.Kill(); err != nil {
+		return err
+	}
+	if err := h.Wait(ctx); err != nil {
+		return err
+	}
+	h.Reap()
+	return nil
+}
