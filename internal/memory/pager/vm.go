@@ -166,6 +166,9 @@ func (a *attachment) accept(ctx context.Context) (*monitor, error) {
 		if m != nil {
 			return m, err
 		}
+		if errors.Is(err, os.ErrProcessDone) { // it was one, and has ended since
+			return nil, errEnded
+		}
 		a.log.Warn("turned away who is no monitor", "err", err)
 	}
 }
