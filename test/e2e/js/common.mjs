@@ -25,8 +25,15 @@ export const routing = (sandbox, port = 49983) => ({
   'E2b-Sandbox-Port': String(port),
 })
 
+/** How much longer everything takes in a sandbox whose processor is emulated. */
+const SLOWER = Number(process.env.SLOWER ?? 1)
+
+/** Whether root may do in a sandbox what it likes, because it has a kernel of its own. */
+export const OWN_KERNEL = process.env.OWN_KERNEL === '1'
+
 /** Calls check until it gives something other than undefined, and returns that. */
 export async function eventually(what, check, ms = 15_000) {
+  ms *= SLOWER
   const end = Date.now() + ms
   let last
   for (;;) {
@@ -44,6 +51,7 @@ export async function eventually(what, check, ms = 15_000) {
 
 /** A promise that others resolve, and that fails when nobody does in time. */
 export function signal(what, ms = 15_000) {
+  ms *= SLOWER
   let resolve, reject
   const done = new Promise((a, b) => ([resolve, reject] = [a, b]))
   const timer = setTimeout(() => reject(new Error(`${what}: not within ${ms} ms`)), ms)
