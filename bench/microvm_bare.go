@@ -105,6 +105,10 @@ func (f *machineFloor) start(ctx context.Context, diskImage, state string) (_ *b
 		return nil, 0, err
 	}
 	if state != "" {
+		// It comes back as it was, stopped.
+		if err := m.qmp(ctx, "completed"); err != nil {
+			return nil, 0, err
+		}
 		if err := m.qmp(ctx, "", "cont"); err != nil {
 			return nil, 0, err
 		}
