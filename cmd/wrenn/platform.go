@@ -242,7 +242,12 @@ func (p *platform) prepareAgent(ctx context.Context) (err error) {
 	if p.runtime, err = p.opts.choose(ctx, p.dir, p.log); err != nil {
 		return fmt.Errorf("choose runtime: %w", err)
 	}
-	return prepareAgentDir(ctx, p.dir, p.runtime, p.log)
+	err = prepareAgentDir(ctx, p.dir, p.runtime, p.log)
+	if errors.Is(err, errHidden) && p.opts.Runtime == runtimeAuto { // what is there goes first
+		p.log.Warn("sandboxes go on in gVisor", "why", err)
+		p.runtime, err = runtimeGVisor, nil
+	}
+	return err
 }
 
 // serveAgent starts the host agent and serves its RPC interface.

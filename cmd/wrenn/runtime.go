@@ -139,6 +139,9 @@ func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog
 	return os.Chmod(dir.agent(), 0o700)
 }
 
+// errHidden is the error of refuseHidden.
+var errHidden = errors.New("start with --runtime gvisor, or with another --data")
+
 // refuseHidden refuses to mount over sandboxes of another runtime.
 func (d dataDir) refuseHidden() error {
 	for _, name := range []string{"sandboxes", "images"} {
@@ -147,7 +150,7 @@ func (d dataDir) refuseHidden() error {
 			return err
 		}
 		if len(entries) > 0 {
-			return fmt.Errorf("%s has sandboxes or snapshots of gVisor, and is on a file system where virtual machines cannot be beside them: start with --runtime gvisor, or with another --data", d)
+			return fmt.Errorf("%s has sandboxes or snapshots of gVisor, and is on a file system where virtual machines cannot be beside them: %w", d, errHidden)
 		}
 	}
 	return nil
