@@ -3,6 +3,7 @@ package network
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -320,3 +321,75 @@ func testConnectionsOfAnotherLife(t *testing.T, tap bool) {
 type allFlows struct{}
 
 func (allFlows) MatchConntrackFlow(*netlink.ConntrackFlow) bool { return true }
+
+func TestWhatAMachineSendsIsBounded(t *testing.T) {
+	tag := newTag(t)
+	p := openPool(t, Config{TAP: true, Tag: tag})
+	s := acquire(t, p, Policy{AllowInternet: true})
+	h, err := netlink.NewHandleAt(openNS(t, s.NetNS), unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	up := linkIn(t, s.NetNS, uplink)
+	bound := func() *netlink.Tbf {
+		disciplines, err := h.QdiscList(up)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range disciplines {
+			if filter, ok := d.(*netlink.Tbf); ok {
+				return filter
+			}
+		}
+		t.Fatalf("none of %v bounds what is sent", disciplines)
+		return nil
+	}
+	if got := bound(); got.Rate != sendRate {
+		t.Errorf("a machine may send %d bytes a second, want %d", got.Rate, sendRate)
+	}
+
+	// The true rate is more than these two can carry.
+	const rate, burst = 4 << 20, 1 << 20
+	if err := limitSending(h, up, rate, burst); err != nil {
+		t.Fatal(err)
+	}
+	g := guest(t, s)
+	var server net.Listener
+	err = in(g, func() (err error) {
+		server, err = net.Listen("tcp", "0.0.0.0:8000")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sender sync.WaitGroup
+	sender.Go(func() {
+		c, err := server.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		for b := make([]byte, 64<<10); err == nil; {
+			_, err = c.Write(b)
+		}
+	})
+	defer sender.Wait()
+	defer server.Close()
+	c, err := net.Dial("tcp", s.HostAddr.String()+":8000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	serve(t, g, "tcp", "0.0.0.0:8001")
+	start := time.Now()
+	answers(t, 0, "tcp", s.HostAddr.String()+":8001") // beside the other
+	const size = 3*rate + burst
+	if _, err := io.CopyN(io.Discard, c, size); err != nil {
+		t.Fatal(err)
+	}
+	// What is in a buffer somewhere when the time begins counts as burst.
+	if d := time.Since(start); d < 2*time.Second || d > 10*time.Second {
+		t.Errorf("%d bytes took %v at %d bytes a second", size, d, rate)
+	}
+}

@@ -103,6 +103,9 @@ func setUpNAT(s *Slot, guest netns.NsHandle) error {
 		return err
 	}
 	if s.TAP != "" {
+		if err := limitSending(h, up, sendRate, sendBurst); err != nil {
+			return err
+		}
 		return setUpTAP(h) // it is up once a machine is attached
 	}
 	return setUpVeth(h, guest)

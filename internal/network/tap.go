@@ -23,6 +23,27 @@ var (
 // tapQueue is how many packets wait for a guest that is busy.
 const tapQueue = 5000
 
+// What a machine sends is bounded, so that one cannot take all of the host's network
+// or of the processors that carry its packets: as much as Firecracker's own limiter
+// is told, and here whichever monitor runs it, and also if it does not obey.
+const (
+	sendRate  = 200 << 20 // bytes a second
+	sendBurst = 100 << 20 // bytes
+	sendQueue = 2 << 20   // bytes that wait, 10 ms; what comes on top of them is dropped
+)
+
+// limitSending bounds what leaves through the link.
+func limitSending(h *netlink.Handle, link netlink.Link, rate uint64, burst uint32) error {
+	err := h.QdiscReplace(&netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		Rate:       rate, Buffer: netlink.Xmittime(rate, burst), Limit: sendQueue,
+	})
+	if err != nil {
+		return fmt.Errorf("bound what is sent through %s: %w (the kernel needs its token bucket filter: modprobe sch_tbf)", link.Attrs().Name, err)
+	}
+	return nil
+}
+
 // setUpTAP makes the TAP that a monitor attaches a machine to, in the NAT
 // namespace, which the thread is in.
 func setUpTAP(h *netlink.Handle) error {
