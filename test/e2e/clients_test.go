@@ -87,7 +87,7 @@ func jsSuite(t *testing.T, report string) *exec.Cmd {
 	if err != nil || len(tests) == 0 {
 		t.Fatalf("no tests in %s: %v", dir, err)
 	}
-	cmd := exec.Command(node, append([]string{"--test", "--test-concurrency=2", "--test-timeout=90000",
+	cmd := exec.Command(node, append([]string{"--test", "--test-concurrency=2", "--test-timeout=240000",
 		"--test-reporter=spec", "--test-reporter-destination=stdout",
 		"--test-reporter=junit", "--test-reporter-destination=" + report}, tests...)...)
 	cmd.Dir = dir

@@ -88,6 +88,7 @@ func TestClientsUseVirtualMachines(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.create(nil).kill() // the first waits for the template's image
 	env := p.environ("MODE=plain", "TESTDATA="+testdata, "OWN_KERNEL=1", "SLOWER=4")
 	for name, command := range map[string]func(*testing.T, string) *exec.Cmd{"js": jsSuite, "python": pythonSuite} {
 		t.Run(name, func(t *testing.T) {
