@@ -24,10 +24,9 @@ const (
 	consoleBurst = 64 << 10  // also what a pipe holds
 )
 
-// makeConsole makes the pipe of a machine's console, and its other end for input,
-// which nobody writes to.
+// makeConsole makes the two pipes of a machine's console.
 func makeConsole(m Machine) error {
-	for _, name := range []string{m.Console(), m.Console() + ".in"} {
+	for _, name := range []string{m.Console(), m.consoleInput()} {
 		if err := unix.Mkfifo(name, 0o600); err != nil {
 			return fmt.Errorf("make console: %w", err)
 		}

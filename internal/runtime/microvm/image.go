@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/wrenn/wrenn/internal/disk"
+	"github.com/wrenn/wrenn/internal/memory"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -44,6 +45,9 @@ func (r *Runtime) readImage(image runtime.Image, m Machine) (manifest, error) {
 		return of, sandbox.Errorf(sandbox.ErrInvalid, "the image is damaged: it is one of %q and not of %q", of.Kind, image.Kind)
 	}
 	for name, size := range of.Files {
+		if memory.IsLayer(name) {
+			continue
+		}
 		info, err := os.Stat(filepath.Join(image.Dir, filepath.Base(name)))
 		if err != nil {
 			return of, &sandbox.Error{Kind: sandbox.ErrInvalid, Message: fmt.Sprintf("the image is damaged: its file %s is missing", name), Cause: err}
@@ -122,7 +126,7 @@ func (i *instance) write(ctx context.Context, image runtime.Image) error {
 	return disk.Full(os.WriteFile(filepath.Join(image.Dir, imageFile), data, 0o600))
 }
 
-// sizes are those of the files in a directory.
+// sizes are those of the files in a directory that stay as they are.
 func sizes(dir string) (map[string]int64, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -130,6 +134,9 @@ func sizes(dir string) (map[string]int64, error) {
 	}
 	files := map[string]int64{}
 	for _, e := range entries {
+		if memory.IsLayer(e.Name()) {
+			continue // becomes another when it is compressed, and says itself when it is damaged
+		}
 		info, err := e.Info()
 		if err != nil {
 			return nil, err

@@ -73,7 +73,11 @@ func (m Machine) Run() string { return filepath.Join(m.Dir, "run") }
 
 // Console is where the monitor writes what the machine's serial port says: a pipe
 // with a name, so that it takes no more than the kernel's buffer when nobody reads.
-func (m Machine) Console() string { return filepath.Join(m.Run(), consoleName) }
+func (m Machine) Console() string { return filepath.Join(m.Run(), ConsoleName+".out") }
+
+// consoleInput is what the serial port reads, of a monitor that lets it read: a pipe
+// that nobody writes to.
+func (m Machine) consoleInput() string { return filepath.Join(m.Run(), ConsoleName+".in") }
 
 // ConsoleLog is the end of what the machine has said.
 func (m Machine) ConsoleLog() string { return filepath.Join(m.Dir, "console.log") }
@@ -87,10 +91,13 @@ func (m Machine) Base() string { return filepath.Join(m.Dir, "base") }
 
 // Files of an instance's directory, and of an image's.
 const (
-	diskFile    = "root.ext4" // in both
-	imageFile   = "machine.json"
-	consoleName = "console"
+	diskFile  = "root.ext4" // in both
+	imageFile = "machine.json"
 )
+
+// ConsoleName is what QEMU calls the pair of a machine's pipes: for want of one of
+// them it reads what it has written itself.
+const ConsoleName = "console"
 
 // The monitor makes no other files directly in Dir than these, so that what is left
 // of an instance can be removed without knowing more of it.

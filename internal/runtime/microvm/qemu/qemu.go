@@ -181,7 +181,7 @@ func (q *Monitor) args(m microvm.Machine, tapFD, memoryFD, stateFD int) []string
 		"-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", tapFD),
 		"-device", "virtio-net-pci,netdev=net,mac="+m.MAC+",romfile=",
 		"-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng",
-		"-chardev", "pipe,id=console,path="+runDir+"/console", "-serial", "chardev:console",
+		"-chardev", "pipe,id=console,path="+runDir+"/"+microvm.ConsoleName, "-serial", "chardev:console",
 		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 	)

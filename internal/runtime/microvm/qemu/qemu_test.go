@@ -152,8 +152,24 @@ func kill(t *testing.T, inst runtime.Instance) {
 	if err := json.Unmarshal(inst.State(), &state); err != nil {
 		t.Fatal(err)
 	}
+	checkConsole(t, state.Machine.Process.PID)
 	if err := syscall.Kill(state.Machine.Process.PID, syscall.SIGKILL); err != nil {
 		t.Error(err)
+	}
+}
+
+// checkConsole says whether QEMU reads what it has written to the console itself, and
+// takes it away from the agent: it does when it has not found a pipe for each way.
+func checkConsole(t *testing.T, pid int) {
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	open := map[string]bool{}
+	for _, link := range links {
+		if to, err := os.Readlink(link); err == nil {
+			open[filepath.Base(to)] = true
+		}
+	}
+	if !open["console.in"] || !open["console.out"] {
+		t.Errorf("QEMU has not opened the two pipes of the console; it has %v", open)
 	}
 }
 
