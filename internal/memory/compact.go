@@ -103,7 +103,7 @@ func (s layersSource) Read(ctx context.Context, p []byte, ranges []Range) error 
 func sweep(dir string, h header) error {
 	needed := map[string]bool{}
 	for _, l := range h.layers {
-		needed[l.fileName()] = true
+		needed[l.fileName()], needed[l.fileName()+compressedSuffix] = true, true
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -111,8 +111,7 @@ func sweep(dir string, h header) error {
 	}
 	for _, e := range entries {
 		name := e.Name()
-		layer := strings.HasPrefix(name, "memory-") && strings.HasSuffix(name, ".layer")
-		if strings.HasPrefix(name, tempPrefix) || layer && !needed[name] {
+		if strings.HasPrefix(name, tempPrefix) || IsLayer(name) && !needed[name] {
 			if err := os.Remove(filepath.Join(dir, name)); err != nil {
 				return err
 			}

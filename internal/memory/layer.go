@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -23,35 +24,62 @@ const (
 
 // Layer is a file with blocks of memory, which never changes.
 type Layer struct {
-	ref  layerRef
-	file *os.File
+	ref     layerRef
+	file    *os.File
+	content io.ReaderAt // the file, or what it was before it was compressed
 
 	once sync.Once
 	sums []byte // 4 bytes for each block
 	err  error
 }
 
-// File is the layer's file, open for reading. The blocks are at its start.
-func (l *Layer) File() *os.File { return l.file }
+// File is the layer's file, open for reading, with the blocks at its start; nil of a
+// layer that is compressed.
+func (l *Layer) File() *os.File {
+	if l.compressed() {
+		return nil
+	}
+	return l.file
+}
+
+func (l *Layer) compressed() bool { return l.content != io.ReaderAt(l.file) }
 
 // Size is how many bytes of the file are blocks.
 func (l *Layer) Size() int64 { return int64(l.ref.blocks) * BlockSize }
 
 func openLayer(path string, ref layerRef) (*Layer, error) {
-	f, err := os.Open(path)
+	file, content, size, err := openPlain(path)
+	if errors.Is(err, os.ErrNotExist) {
+		file, content, size, err = openFrames(path)
+	}
 	if err != nil {
 		return nil, err
 	}
-	l := &Layer{ref: ref, file: f}
-	fi, err := f.Stat()
-	if err == nil && fi.Size() != l.Size()+int64(ref.blocks)*4+footerSize {
-		err = damaged("layer %s has %d bytes", path, fi.Size())
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
+	l := &Layer{ref: ref, file: file, content: content}
+	if size != l.Size()+int64(ref.blocks)*4+footerSize {
+		file.Close()
+		return nil, damaged("layer %s has %d bytes", file.Name(), size)
 	}
 	return l, nil
+}
+
+func openPlain(path string) (file *os.File, content io.ReaderAt, size int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, 0, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, nil, 0, err
+	}
+	return f, f, info.Size(), nil
+}
+
+// IsLayer says of a name in an image's directory whether it is a layer's. Which
+// layers there are, and of which size, the header says.
+func IsLayer(name string) bool {
+	return strings.HasPrefix(name, "memory-") && strings.HasSuffix(strings.TrimSuffix(name, compressedSuffix), ".layer")
 }
 
 // load reads the checksums, once.
@@ -62,7 +90,7 @@ func (l *Layer) load() error {
 
 func (l *Layer) readSums() ([]byte, error) {
 	b := make([]byte, int64(l.ref.blocks)*4+footerSize)
-	if _, err := l.file.ReadAt(b, l.Size()); err != nil {
+	if _, err := l.content.ReadAt(b, l.Size()); err != nil {
 		return nil, fmt.Errorf("read checksums of layer: %w", err)
 	}
 	sums, footer := b[:len(b)-footerSize], b[len(b)-footerSize:]
@@ -86,7 +114,7 @@ func (l *Layer) Check(p []byte, at int64) error {
 }
 
 func (l *Layer) read(p []byte, at int64) error {
-	if _, err := l.file.ReadAt(p, at); err != nil {
+	if _, err := l.content.ReadAt(p, at); err != nil {
 		if errors.Is(err, io.EOF) {
 			return damaged("layer %s has become shorter", l.file.Name())
 		}

@@ -24,10 +24,14 @@ func (img *Image) linkTo(dir string) error {
 		return err
 	}
 	for _, l := range img.layers {
-		if _, err := linkLayer(l, filepath.Join(dir, l.ref.fileName())); err != nil {
+		if _, err := linkLayer(l, dir); err != nil {
 			return err
 		}
 	}
+	return img.linkHeader(dir)
+}
+
+func (img *Image) linkHeader(dir string) error {
 	err := os.Link(filepath.Join(img.dir, HeaderName), filepath.Join(dir, HeaderName))
 	if errors.Is(err, unix.EXDEV) {
 		return os.WriteFile(filepath.Join(dir, HeaderName), img.encode(), 0o600)

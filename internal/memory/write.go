@@ -85,12 +85,11 @@ func write(ctx context.Context, dir string, size int64, parent *Image, source So
 		if l.id == w.ref.id {
 			continue // is not finished yet
 		}
-		path := filepath.Join(dir, l.fileName())
-		made, err := linkLayer(parent.layer(l), path)
+		path, err := linkLayer(parent.layer(l), dir)
 		if err != nil {
 			return err
 		}
-		if made {
+		if path != "" {
 			linked = append(linked, path)
 		}
 	}
@@ -106,39 +105,40 @@ func (img *Image) layer(ref layerRef) *Layer {
 	return nil
 }
 
-// linkLayer makes a layer a file of another directory as well. The parent's own
-// link may be gone by now; the open file is not, and is copied then, as it is to
-// another file system.
-func linkLayer(l *Layer, path string) (made bool, err error) {
+// linkLayer makes a layer a file of another directory as well, and says which if it
+// was none. The parent's own link may be gone by now; the open file is not, and is
+// copied then, as it is to another file system.
+func linkLayer(l *Layer, dir string) (made string, err error) {
+	path := filepath.Join(dir, filepath.Base(l.file.Name()))
 	err = os.Link(l.file.Name(), path)
 	if err == nil {
-		return true, nil
+		return path, nil
 	}
 	if errors.Is(err, os.ErrExist) { // a layer's name says what is in it
-		return false, nil
+		return "", nil
 	}
 	if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EXDEV) && !errors.Is(err, unix.EMLINK) && !errors.Is(err, unix.EPERM) {
-		return false, err
+		return "", err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), tempPrefix)
+	f, err := os.CreateTemp(dir, tempPrefix)
 	if err != nil {
-		return false, err
+		return "", err
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
 	if unix.IoctlFileClone(int(f.Fd()), int(l.file.Fd())) != nil {
 		fi, err := l.file.Stat()
 		if err != nil {
-			return false, err
+			return "", err
 		}
 		if _, err := io.Copy(f, io.NewSectionReader(l.file, 0, fi.Size())); err != nil {
-			return false, err
+			return "", err
 		}
 	}
 	if err := f.Sync(); err != nil {
-		return false, err
+		return "", err
 	}
-	return true, os.Rename(f.Name(), path)
+	return path, os.Rename(f.Name(), path)
 }
 
 // finish makes a new layer, if anything is in it, and the header last, and puts the
@@ -170,6 +170,10 @@ func finish(dir string, h header, w *layerWriter) error {
 	if err := os.Rename(f.Name(), filepath.Join(dir, HeaderName)); err != nil {
 		return err
 	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err

@@ -66,7 +66,7 @@ func (s *server) prefetch(ctx context.Context, blocks []uint32) error {
 
 func (s *server) advise(t stretch) {
 	r := s.image.Find(t.offset)
-	if r.Layer != nil {
+	if r.Layer != nil && r.Layer.File() != nil {
 		_ = unix.Fadvise(int(r.Layer.File().Fd()), r.At, min(r.Length, t.length), unix.FADV_WILLNEED)
 	}
 }
