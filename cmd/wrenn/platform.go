@@ -197,7 +197,7 @@ func openAgent(ctx context.Context, dir dataDir, opts upOptions, runtime string,
 	}
 	a, err := agent.Open(ctx, agent.Config{
 		Dir: dir.agent(), Templates: dir.templates(), Runtime: rt, GuestInit: envd, Log: log,
-		Pool: opts.PoolMemory << 20,
+		Pool: opts.PoolMemory << 20, CompressAfter: opts.CompressAfter,
 		Network: network.Config{
 			Tag: dir.tag(), CIDR: opts.NetworkCIDR, Allow: opts.AllowCIDRs, Resolver: opts.Resolver,
 			Ready: opts.ReadySlots, TAP: makesMachines(runtime), Log: log,

@@ -38,6 +38,7 @@ type upOptions struct {
 	Resolver      netip.Addr     `json:"resolver"`
 	ReadySlots    int            `json:"ready_slots"`
 	PoolMemory    int64          `json:"pool_memory"` // MiB
+	CompressAfter time.Duration  `json:"compress_after"`
 	Runtime       string         `json:"runtime"`
 	TeamSandboxes int            `json:"team_sandboxes"`
 	TeamImages    int64          `json:"team_images"` // MiB
@@ -108,6 +109,7 @@ func (o *upOptions) addAgentFlags(f *pflag.FlagSet, cidr *string, allow *[]strin
 	f.StringVar(&o.Runtime, "runtime", runtimeAuto, "what sandboxes run in: "+strings.Join(runtimeNames, ", "))
 	f.IntVar(&o.ReadySlots, "ready-slots", 8, "network slots prepared ahead")
 	f.Int64Var(&o.PoolMemory, "pool-memory", 512, "memory in MiB for sandboxes that are kept ready before anybody asks; 0 keeps none")
+	f.DurationVar(&o.CompressAfter, "compress-after", 24*time.Hour, "time after which the memory of a paused sandbox is compressed, if it is a virtual machine's; 0 never does")
 }
 
 func (o *upOptions) parse(cidr string, allow []string, dns string) error {
@@ -140,6 +142,9 @@ func (o *upOptions) parseAgent(cidr string, allow []string, dns string) (err err
 	}
 	if o.PoolMemory < 0 {
 		return usageErrorf("--pool-memory: want 0 or more")
+	}
+	if o.CompressAfter < 0 {
+		return usageErrorf("--compress-after: want 0 or more")
 	}
 	return o.parseRuntime()
 }

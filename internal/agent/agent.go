@@ -31,6 +31,8 @@ type Config struct {
 	GuestInit string          // path of the guest agent's binary; those of earlier builds are beside it
 	Pool      int64           // bytes of memory for instances that wait for a sandbox; 0: none do
 	Log       *slog.Logger
+
+	CompressAfter time.Duration // of a pause, its image is made smaller; 0: never
 }
 
 // Agent is a host agent. Open makes one; Detach or Shutdown ends it.
@@ -108,6 +110,9 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	}
 	a.wg.Go(a.collect)
 	a.wg.Go(func() { a.pool.run(a.ctx) })
+	if cfg.CompressAfter > 0 {
+		a.wg.Go(a.compressResting)
+	}
 	return a, nil
 }
 

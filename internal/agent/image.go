@@ -33,6 +33,8 @@ type manifest struct {
 	Files   map[string]int64  `json:"files"` // sizes in bytes
 	Bytes   int64             `json:"bytes"` // that the image takes on disk, without what it shares with others
 	Created time.Time         `json:"created"`
+
+	Compressed bool `json:"compressed,omitempty"` // a smaller image has been made of it
 }
 
 const manifestFile = "manifest.json"
@@ -193,7 +195,7 @@ func removeImage(dir string) error {
 	if err := os.Remove(filepath.Join(dir, manifestFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove image: %w", err)
 	}
-	if err := errors.Join(os.RemoveAll(dir), os.RemoveAll(beside(dir))); err != nil {
+	if err := errors.Join(os.RemoveAll(dir), os.RemoveAll(beside(dir)), os.RemoveAll(smaller(dir))); err != nil {
 		return fmt.Errorf("remove image: %w", err)
 	}
 	return nil

@@ -41,6 +41,13 @@ type Runtime interface {
 	// damaged, or of another version of the engine, gives sandbox.ErrInvalid.
 	Restore(ctx context.Context, cfg Config, image Image) (Instance, error)
 
+	// Compress writes a smaller image of the same instance into dir, an empty
+	// directory of the caller's, for a time in which nobody needs it: it takes longer
+	// to restore from. image stays as it is; the two may share files. On an error
+	// what was written is for the caller to remove. errors.ErrUnsupported says that
+	// this runtime has no smaller form of such an image.
+	Compress(ctx context.Context, image Image, dir string) error
+
 	// Adopt finds the instance again that an earlier process of the agent
 	// created, from what its State returned. sandbox.ErrNotFound means it is not
 	// running any more, sandbox.ErrInvalid that the state is not what State

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
 )
@@ -29,7 +30,7 @@ func startMachines(t *testing.T, flags ...string) *platform {
 }
 
 func TestVirtualMachines(t *testing.T) {
-	p := startMachines(t)
+	p := startMachines(t, "--compress-after", "5s")
 	t.Run("a sandbox has a kernel of its own", func(t *testing.T) {
 		b := p.create(nil)
 		if got := b.run("uname -r"); !strings.Contains(got, "cloud-amd64") {
@@ -66,6 +67,33 @@ func TestVirtualMachines(t *testing.T) {
 	})
 	t.Run("forks go on each by itself", func(t *testing.T) { forksGoOn(t, p) })
 	t.Run("connections of before a pause are over", func(t *testing.T) { connectionsOfBeforeAreOver(t, p) })
+	t.Run("a sandbox goes on after its memory was compressed", func(t *testing.T) {
+		b := p.create(nil)
+		b.counter(8000)
+		b.run("head -c 20000000 /dev/urandom | base64 > /dev/shm/data")
+		want := b.run("sha256sum /dev/shm/data")
+		for range 2 {
+			before := b.count(8000)
+			b.pause()
+			image := filepath.Join(p.dir, "agent", "sandboxes", b.id, "image")
+			eventually(t, time.Minute, "the image is compressed", func() error {
+				small, _ := filepath.Glob(filepath.Join(image, "memory-*.layer.zst"))
+				left, _ := filepath.Glob(filepath.Join(filepath.Dir(image), ".small-*"))
+				if len(small) == 0 || len(left) > 0 {
+					return fmt.Errorf("it has %v, and beside it are %v", small, left)
+				}
+				return nil
+			})
+			b.resume()
+			if got := b.count(8000); got != before+1 {
+				t.Errorf("the counter went from %d to %d", before, got)
+			}
+			if got := b.run("sha256sum /dev/shm/data"); got != want {
+				t.Errorf("a file in memory is %q, was %q", got, want)
+			}
+		}
+		b.kill()
+	})
 	t.Run("sandboxes outlive a killed platform", func(t *testing.T) {
 		b := p.create(nil)
 		b.counter(8000)

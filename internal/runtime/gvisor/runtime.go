@@ -178,6 +178,11 @@ func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (
 	return inst, nil
 }
 
+// Compress implements runtime.Runtime.
+func (r *Runtime) Compress(context.Context, runtime.Image, string) error {
+	return errors.ErrUnsupported
+}
+
 // Discard implements runtime.Runtime.
 func (r *Runtime) Discard(ctx context.Context, id sandbox.ID, raw json.RawMessage) error {
 	if _, err := sandbox.ParseID(string(id)); err != nil {
