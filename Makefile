@@ -75,9 +75,11 @@ test: test-packages build
 test-reproducible: packages
 	WRENN_TEST_REPRODUCIBLE=1 CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 30m -run TestBaseTemplate ./internal/template
 
-# The contract of a runtime on a real Firecracker, which FIRECRACKER_BIN names and KVM
-# has to boot Linux for; without, it says what is missing. `make test` has a fake.
-test-firecracker: test-packages
+# The driver on a real Firecracker, which FIRECRACKER_BIN names, and on its jailer, beside
+# it, in PATH or named by WRENN_JAILER: with a guest of a few instructions where KVM opens,
+# and with the contract of a runtime where KVM boots Linux. Without, it says what is
+# missing. `make test` has a fake.
+test-firecracker: test-packages build
 	FIRECRACKER_BIN="$${FIRECRACKER_BIN:-$$(command -v firecracker)}" CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 30m ./internal/runtime/microvm/firecracker
 
 # 100,000 processes, 1,000 terminals and 10,000 watches on one guest agent: some

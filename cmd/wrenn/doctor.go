@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"text/tabwriter"
 
@@ -45,7 +46,8 @@ It exits with 1 when something is missing without which sandboxes cannot run.`,
 				}
 				opts.Running = opts.Listen == platform.Options.Listen
 			}
-			results := append(doctor.Check(cmd.Context(), opts), checkTemplates(cmd.Context(), dataDir(opts.DataDir))...)
+			results := append(doctor.Check(cmd.Context(), opts), checkConfinement(cmd.Context(), dataDir(opts.DataDir))...)
+			results = append(results, checkTemplates(cmd.Context(), dataDir(opts.DataDir))...)
 			if asJSON {
 				err = printJSON(cmd.OutOrStdout(), results)
 			} else {
@@ -85,6 +87,22 @@ func tryRuntime(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, runtime.Close()) }()
 	return runtime.Probe(ctx)
+}
+
+// checkConfinement says what would confine Firecracker, where that is installed.
+func checkConfinement(ctx context.Context, dir dataDir) []doctor.Result {
+	if _, err := exec.LookPath("firecracker"); err != nil {
+		return nil
+	}
+	r := doctor.Result{Name: "firecracker's confinement"}
+	monitor, err := newFirecracker(ctx, dir)
+	if err != nil {
+		r.Verdict, r.Detail = doctor.Warn, err.Error()
+		r.Remedy = "install firecracker and jailer of one release; sandboxes run in gVisor until then"
+	} else {
+		r.Verdict, r.Detail = doctor.OK, "machines are confined by "+monitor.Confinement()
+	}
+	return []doctor.Result{r}
 }
 
 // checkTemplates says of each template that is there whether it still is what was

@@ -77,8 +77,11 @@ func tryFirecracker(ctx context.Context, dir dataDir) error {
 	return monitor.Probe(ctx, k)
 }
 
+// jailerVariable names the jailer of Firecracker that is used: its path, or "none".
+const jailerVariable = "WRENN_JAILER"
+
 func newFirecracker(ctx context.Context, dir dataDir) (*firecracker.Monitor, error) {
-	return firecracker.New(ctx, firecracker.Config{Data: string(dir), Pager: dir.pager})
+	return firecracker.New(ctx, firecracker.Config{Data: string(dir), Pager: dir.pager, Jailer: os.Getenv(jailerVariable)})
 }
 
 // pager connects to the pager of this data directory, and starts it if need be.

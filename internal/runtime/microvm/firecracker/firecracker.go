@@ -22,6 +22,7 @@ import (
 // Config is how Firecracker is used.
 type Config struct {
 	Binary string // empty: firecracker of PATH; FIRECRACKER_BIN says which in tests
+	Jailer string // empty: one beside Binary, or of PATH, or none; NoJailer: none
 	Data   string // directory in which the verdict of Probe is kept
 	// Pager gives the pager that memory comes from; nil: memory comes out of files.
 	Pager func(context.Context) (*pager.Client, error)
@@ -32,6 +33,8 @@ type Monitor struct {
 	cfg     Config
 	can     Capabilities
 	version string
+	jailer  string // path; empty: there is none
+	without string // why
 }
 
 var _ microvm.Monitor = (*Monitor)(nil)
@@ -53,7 +56,11 @@ func New(ctx context.Context, cfg Config) (*Monitor, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Monitor{cfg: cfg, can: can, version: fmt.Sprintf("%s (%s, Linux %s)", v, processor(), hostRelease())}, nil
+	jailer, without, err := findJailer(ctx, cfg, v)
+	if err != nil {
+		return nil, err
+	}
+	return &Monitor{cfg: cfg, can: can, jailer: jailer, without: without, version: fmt.Sprintf("%s (%s, Linux %s)", v, processor(), hostRelease())}, nil
 }
 
 // Name implements microvm.Monitor.
@@ -96,25 +103,11 @@ func (f *Monitor) launch(ctx context.Context, m microvm.Machine) (id process.ID,
 		return id, nil, err
 	}
 	defer out.Close()
-	binary, err := filepath.EvalSymlinks(f.cfg.Binary)
+	cfg, err := f.jailOf(m, out)
 	if err != nil {
 		return id, nil, err
 	}
-	program := "/" + filepath.Base(f.cfg.Binary)
-	id, err = jail.Start(ctx, jail.Config{
-		Root: m.Jail(), Program: program, Args: []string{"--id", string(m.ID), "--api-sock", runDir + "/" + socketName},
-		Mounts: []jail.Mount{
-			{From: binary, To: program},
-			{From: m.Run(), To: runDir, Writable: true},
-			{From: m.Disk(), To: rootPath, Writable: true},
-			{From: m.Agent, To: agentPath},
-			{From: m.Kernel, To: kernelPath},
-			{From: m.Initramfs, To: initrdPath},
-		},
-		Devices: []jail.Device{{Path: "/dev/kvm"}, {Path: "/dev/net/tun"}, {Path: "/dev/userfaultfd"}},
-		Dir:     runDir, UID: m.UID, NetNS: m.NetNS, Cgroups: m.Cgroups, Group: m.Group, Stdout: out, Proc: true,
-		Inside: func(*jail.Config) error { return giveTAP(m.TAP, m.UID) },
-	})
+	id, err = jail.Start(ctx, cfg)
 	if err != nil {
 		return id, nil, f.explain(m, err)
 	}
@@ -153,27 +146,6 @@ func answers(ctx context.Context, id process.ID, c *Client) error {
 			return fmt.Errorf("wait for firecracker: %w", err)
 		}
 	}
-}
-
-// giveTAP lets the user open the link. The thread is in the slot's network namespace.
-func giveTAP(name string, uid uint32) error {
-	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
-	if err != nil {
-		return fmt.Errorf("open tap: %w", err)
-	}
-	defer tun.Close()
-	req, err := unix.NewIfreq(name)
-	if err != nil {
-		return err
-	}
-	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-	if err := unix.IoctlIfreq(int(tun.Fd()), unix.TUNSETIFF, req); err != nil {
-		return fmt.Errorf("open tap %s: %w", name, err)
-	}
-	if err := unix.IoctlSetInt(int(tun.Fd()), unix.TUNSETOWNER, int(uid)); err != nil {
-		return fmt.Errorf("give tap %s to user %d: %w", name, uid, err)
-	}
-	return nil
 }
 
 // Boot implements microvm.Monitor.

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -34,6 +36,8 @@ type site struct {
 	pool    *network.Pool
 	cgroups cgroup.Trees
 	binary  string // of the fake, without a version
+	jailer  bool   // machines are confined by Firecracker's jailer, or by the fake of it
+	real    string // the Firecracker that is used in the place of the fake
 	n       int
 }
 
@@ -71,15 +75,39 @@ func newSite(t *testing.T) *site {
 func (s *site) monitor(t *testing.T, version string, cfg firecracker.Config) *firecracker.Monitor {
 	t.Helper()
 	cfg.Data = t.TempDir()
-	cfg.Binary = filepath.Join(cfg.Data, fake.Prefix+version)
-	if err := os.Link(s.binary, cfg.Binary); err != nil {
-		t.Fatal(err)
+	if s.real != "" {
+		cfg.Binary = s.real
+	} else {
+		cfg.Binary = filepath.Join(cfg.Data, fake.Prefix+version)
+		if err := os.Link(s.binary, cfg.Binary); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s.jailer && s.real != "" {
+		cfg.Jailer = os.Getenv("WRENN_JAILER")
+	} else if s.jailer {
+		if err := os.Link(s.binary, filepath.Join(cfg.Data, fake.JailerPrefix+version)); err != nil {
+			t.Fatal(err)
+		}
+	} else if cfg.Jailer == "" {
+		cfg.Jailer = firecracker.NoJailer
 	}
 	m, err := firecracker.New(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return m
+}
+
+// eachJail runs a test with our own jail and with Firecracker's jailer.
+func eachJail(t *testing.T, f func(t *testing.T, s *site)) {
+	s := newSite(t)
+	for _, jailer := range []bool{false, true} {
+		t.Run(map[bool]string{false: "own jail", true: "jailer"}[jailer], func(t *testing.T) {
+			s.jailer = jailer
+			f(t, s)
+		})
+	}
 }
 
 // machine makes the directory, slot and cgroup of one.
@@ -166,26 +194,67 @@ func wantCount(t *testing.T, dir string, n, layers int) {
 	}
 }
 
-func wantConfined(t *testing.T, id process.ID, m microvm.Machine) {
+// wantConfined looks at the monitor from outside.
+func (s *site) wantConfined(t *testing.T, id process.ID, m microvm.Machine) {
 	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", id.PID))
+	proc := fmt.Sprintf("/proc/%d/", id.PID)
+	read := func(name string) string {
+		data, err := os.ReadFile(proc + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	status := read("status")
+	for _, want := range []string{
+		fmt.Sprintf("Uid:\t%d\t%d\t%d\t%d\n", m.UID, m.UID, m.UID, m.UID), fmt.Sprintf("Gid:\t%d\t%d\t%d\t%d\n", m.UID, m.UID, m.UID, m.UID), "Groups:\t \n",
+		"CapInh:\t0000000000000000\n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n", "CapAmb:\t0000000000000000\n", "NoNewPrivs:\t1\n",
+	} {
+		if !strings.Contains(status, want) {
+			t.Errorf("the monitor has not %q:\n%s", want, status)
+		}
+	}
+	if !s.jailer && !strings.Contains(status, "CapBnd:\t0000000000000000\n") {
+		t.Errorf("it could get capabilities:\n%s", status)
+	}
+	if pids := regexp.MustCompile(`NSpid:\t\d+\t1\n`); !pids.MatchString(status) {
+		t.Errorf("it is not the first process of a namespace of its own:\n%s", status)
+	}
+	for _, line := range []string{fmt.Sprintf(`Max file size +%d +%[1]d`, m.MemoryMiB<<20), `Max open files +2048 +2048`} {
+		if limits := read("limits"); !regexp.MustCompile(line).MatchString(limits) {
+			t.Errorf("its limits are not %q:\n%s", line, limits)
+		}
+	}
+	if mounts := read("mountinfo"); !regexp.MustCompile(`(?m)^\d+ \d+ \S+ \S+ / .* - tmpfs jail `).MatchString(mounts) {
+		t.Errorf("its root directory is none that is made for it:\n%s", mounts)
+	}
+	root, err := os.ReadDir(proc + "root")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{
-		fmt.Sprintf("Uid:\t%d\t%d\t%d\t%d\n", m.UID, m.UID, m.UID, m.UID), "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n",
-	} {
-		if !strings.Contains(string(status), want) {
-			t.Errorf("the monitor has not %q", want)
+	for _, e := range root {
+		if !slices.Contains([]string{"boot", "dev", "disk", "proc", "run", "tmp", "old", "usr", "lib", "lib64", "etc"}, e.Name()) && !strings.HasPrefix(e.Name(), "firecracker") {
+			t.Errorf("it sees %s", e.Name())
+		}
+	}
+	for _, ns := range []string{"mnt", "pid", "ipc", "uts", "net"} {
+		its, err := os.Readlink(proc + "ns/" + ns)
+		ours, oerr := os.Readlink("/proc/self/ns/" + ns)
+		if err := errors.Join(err, oerr); err != nil || its == ours {
+			t.Errorf("it is in our %s namespace (%v)", ns, err)
 		}
 	}
 	if n, err := m.Cgroups.PIDs(m.Group); err != nil || n == 0 {
 		t.Errorf("its cgroup has %d tasks (%v)", n, err)
 	}
+	if in, err := os.ReadDir(m.Jail()); err != nil || len(in) > 0 {
+		t.Errorf("its jail is on the host: %v (%v)", in, err)
+	}
 }
 
-func TestMonitor(t *testing.T) {
-	s := newSite(t)
+func TestMonitor(t *testing.T) { eachJail(t, testMonitor) }
+
+func testMonitor(t *testing.T, s *site) {
 	for _, version := range []string{"1.12.1", "1.14.0", "1.16.1"} {
 		t.Run(version, func(t *testing.T) {
 			f, m := s.monitor(t, version, firecracker.Config{}), s.machine(t)
@@ -193,7 +262,7 @@ func TestMonitor(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantConfined(t, id, m)
+			s.wantConfined(t, id, m)
 			first := save(t, f, m)
 			wantCount(t, first, 1, 1)
 			call(t, m, f.Resume)
@@ -211,7 +280,7 @@ func (s *site) lives(t *testing.T, f *firecracker.Monitor, version, image string
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantConfined(t, id, m)
+	s.wantConfined(t, id, m)
 	for n := 2; n < 5; n++ {
 		f := s.monitor(t, version, firecracker.Config{})
 		call(t, m, f.Resume)
@@ -237,8 +306,9 @@ func always(c *pager.Client) func(context.Context) (*pager.Client, error) {
 	return func(context.Context) (*pager.Client, error) { return c, nil }
 }
 
-func TestMonitorThroughPager(t *testing.T) {
-	s := newSite(t)
+func TestMonitorThroughPager(t *testing.T) { eachJail(t, testMonitorThroughPager) }
+
+func testMonitorThroughPager(t *testing.T, s *site) {
 	if _, err := os.Stat("/dev/userfaultfd"); err != nil {
 		if all, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd"); err != nil || string(all) != "1\n" {
 			t.Skip("page faults of the kernel are not served for programs without rights on this host")

@@ -22,8 +22,9 @@ const (
 
 // What of a runtime needs no guest: a machine outlives the agent that started it, is
 // taken over, paused, restored, killed and cleaned up.
-func TestLifeWithoutGuest(t *testing.T) {
-	s := newSite(t)
+func TestLifeWithoutGuest(t *testing.T) { eachJail(t, testLifeWithoutGuest) }
+
+func testLifeWithoutGuest(t *testing.T, s *site) {
 	disks, root := t.TempDir(), t.TempDir()
 	open := func() *microvm.Runtime {
 		rt, err := microvm.New(microvm.Config{

@@ -8,6 +8,9 @@
 // the root directory, gives up what it may not pass on, and forks the monitor off.
 // The thread ends with that. The mounts are those of the monitor's mount namespace
 // and end with the monitor.
+//
+// Where Firecracker's jailer is to do it, the thread prepares the directory that the
+// jailer makes the root of, and starts the jailer, which becomes the monitor.
 package jail
 
 import (
@@ -18,6 +21,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	goruntime "runtime"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -42,6 +46,8 @@ type Config struct {
 	Cgroups cgroup.Trees // in which Group is
 	Group   string       // made by the caller
 	Proc    bool         // /proc with its own processes in it, and nothing else
+	MaxFile int64        // size of the largest file it may write; 0: any
+	Jailer  *Jailer      // does what comes after the mounts; nil: this package does
 
 	// Inside is called on the thread once it is in the network namespace and
 	// before it has given up anything. Files that it opens may be added to Files.
@@ -127,10 +133,13 @@ func (c *Config) start() (pid int, err error) {
 			return 0, err
 		}
 	}
-	if err := c.buildRoot(); err != nil {
-		return 0, fmt.Errorf("build root directory: %w", err)
+	var cmd *exec.Cmd
+	if c.Jailer != nil {
+		cmd, err = c.prepareJailer()
+	} else {
+		cmd, err = c.prepare()
 	}
-	if err := dropCapabilities(); err != nil {
+	if err != nil {
 		return 0, err
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
@@ -141,30 +150,66 @@ func (c *Config) start() (pid int, err error) {
 		return 0, err
 	}
 	defer null.Close()
-	out := c.Stdout
-	if out == nil {
-		out = null
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
+	if c.Stdout != nil {
+		cmd.Stdout, cmd.Stderr = c.Stdout, c.Stdout
 	}
-	attr := &syscall.SysProcAttr{
-		Setsid:     true,
-		Cloneflags: syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWPID,
-		Credential: &syscall.Credential{Uid: c.UID, Gid: c.UID},
-	}
+	cmd.SysProcAttr.Setsid = true
+	cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWPID
 	if c.group != nil {
-		attr.UseCgroupFD, attr.CgroupFD = true, int(c.group.Fd())
-	}
-	cmd := &exec.Cmd{
-		Path: c.Program, Args: append([]string{filepath.Base(c.Program)}, c.Args...),
-		Env: []string{"PATH=/usr/bin:/bin", "HOME=/", "TMPDIR=/tmp"}, Dir: c.Dir,
-		Stdin: null, Stdout: out, Stderr: out, ExtraFiles: c.Files,
-		SysProcAttr: attr,
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(c.group.Fd())
 	}
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
 	// It is waited for by whoever holds it, by a pidfd.
 	pid = cmd.Process.Pid
-	return pid, cmd.Process.Release()
+	return pid, errors.Join(c.limit(pid), cmd.Process.Release())
+}
+
+// maxOpen is how many files a monitor may have open: what Firecracker's jailer allows.
+const maxOpen = 2048
+
+// limit bounds what the monitor, which has not been told anything yet, can take. The
+// jailer does so itself.
+func (c *Config) limit(pid int) error {
+	if c.Jailer != nil {
+		return nil
+	}
+	// Who sets another process's limits must have its user, or a right that root has
+	// not got everywhere. It is this thread alone that becomes it, in name: what it may
+	// do stays, and it ends soon.
+	for _, call := range []uintptr{unix.SYS_SETRESGID, unix.SYS_SETRESUID} {
+		const unchanged = ^uintptr(0)
+		if _, _, errno := unix.RawSyscall(call, uintptr(c.UID), unchanged, unchanged); errno != 0 {
+			return fmt.Errorf("become the monitor's user: %w", errno)
+		}
+	}
+	limits := map[int]uint64{unix.RLIMIT_NOFILE: maxOpen}
+	if c.MaxFile != 0 {
+		limits[unix.RLIMIT_FSIZE] = uint64(c.MaxFile)
+	}
+	for resource, n := range limits {
+		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: n, Max: n}, nil); err != nil {
+			return fmt.Errorf("limit resource %d of the monitor: %w", resource, err)
+		}
+	}
+	return nil
+}
+
+// prepare makes the thread what the monitor is to be, but for the user.
+func (c *Config) prepare() (*exec.Cmd, error) {
+	if err := c.buildRoot(); err != nil {
+		return nil, fmt.Errorf("build root directory: %w", err)
+	}
+	if err := keepCapabilities(); err != nil {
+		return nil, err
+	}
+	return &exec.Cmd{
+		Path: c.Program, Args: append([]string{filepath.Base(c.Program)}, c.Args...),
+		Env: []string{"PATH=/usr/bin:/bin", "HOME=/", "TMPDIR=/tmp"}, Dir: c.Dir, ExtraFiles: c.Files,
+		SysProcAttr: &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: c.UID, Gid: c.UID}},
+	}, nil
 }
 
 // out takes the thread out of the group again, which is looked through for processes
@@ -305,10 +350,13 @@ func (c *Config) makeDevice(d Device, root string) error {
 	return os.Chown(path, int(c.UID), int(c.UID))
 }
 
-// dropCapabilities takes every capability out of what the thread's children can
-// ever have. They lose what they have by becoming another user.
-func dropCapabilities() error {
+// keepCapabilities takes every capability but those that are kept out of what the
+// thread's children can ever have. They lose what they have by becoming another user.
+func keepCapabilities(kept ...int) error {
 	for c := 0; c <= unix.CAP_LAST_CAP; c++ {
+		if slices.Contains(kept, c) {
+			continue
+		}
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0)
 		if err != nil && !errors.Is(err, unix.EINVAL) { // a kernel without this one
 			return fmt.Errorf("drop capability %d: %w", c, err)

@@ -45,6 +45,9 @@ func Main() int {
 	id := flags.String("id", "anonymous-instance", "")
 	noAPI := flags.Bool("no-api", false, "")
 	flags.String("config-file", "", "")
+	for _, name := range []string{"start-time-us", "start-time-cpu-us", "parent-cpu-time-us"} { // from the jailer
+		flags.Uint64(name, 0, "")
+	}
 	if minor >= 13 {
 		flags.Bool("enable-pci", false, "")
 	}

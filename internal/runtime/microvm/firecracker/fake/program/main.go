@@ -1,5 +1,5 @@
 // Command program is the fake as a program of its own, for jails that have nothing else
-// in them. Its name says which version it is.
+// in them, and its jailer. Its name says which of them it is, and of which version.
 package main
 
 import (
@@ -8,4 +8,9 @@ import (
 	"github.com/wrenn/wrenn/internal/runtime/microvm/firecracker/fake"
 )
 
-func main() { os.Exit(fake.Main()) }
+func main() {
+	if fake.IsJailer() {
+		os.Exit(fake.Jailer())
+	}
+	os.Exit(fake.Main())
+}
