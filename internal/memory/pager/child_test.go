@@ -3,6 +3,7 @@ package pager
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -53,6 +54,11 @@ func (o childOrder) run() error {
 	if err != nil {
 		return err
 	}
+	if o.Mode == "impostor" {
+		if m.FD, err = madeUpEvents(); err != nil {
+			return err
+		}
+	}
 	if err := m.Connect(o.Socket); err != nil {
 		return err
 	}
@@ -65,6 +71,24 @@ func (o childOrder) run() error {
 		return o.mix(mem)
 	}
 	return o.script(mem)
+}
+
+// madeUpEvents is a pipe from which events of forks are read, each with one of the
+// first descriptors as that of the child.
+func madeUpEvents() (int, error) {
+	var ends [2]int
+	if err := unix.Pipe(ends[:]); err != nil {
+		return 0, err
+	}
+	for fd := range uint64(64) {
+		e := make([]byte, eventSize)
+		e[0] = eventFork
+		binary.NativeEndian.PutUint64(e[8:], fd)
+		if _, err := unix.Write(ends[1], e); err != nil {
+			return 0, err
+		}
+	}
+	return ends[0], nil
 }
 
 func (o childOrder) each(f func(thread int) error) error {

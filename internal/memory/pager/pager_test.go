@@ -402,6 +402,27 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// TestImpostor hands over a descriptor that is none of a userfaultfd, and says what
+// would have the pager close others'.
+func TestImpostor(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, 16, 1, nil)
+	honest := f.monitor(t, f.vm("a"), "script", 1, false)
+	vm := f.vm("b")
+	m := f.monitor(t, vm, "impostor", 1, false)
+	if err := m.cmd.Wait(); err == nil {
+		t.Error("the impostor ends by itself, want it killed")
+	}
+	if st := f.ends(t, "b"); !strings.Contains(st.Reason, "userfaultfd") {
+		t.Errorf("the reason is %q", st.Reason)
+	}
+	for page := range 16 {
+		if got := honest.ask(t, "read %d", page); got != fmt.Sprint(f.data[page*4096]) {
+			t.Errorf("page %d of another machine reads %s", page, got)
+		}
+	}
+}
+
 // TestWorkingSet records what is touched, in order, and puts that in by itself.
 func TestWorkingSet(t *testing.T) {
 	t.Parallel()

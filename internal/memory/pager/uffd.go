@@ -3,6 +3,7 @@ package pager
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"unsafe"
 
@@ -103,8 +104,13 @@ func (u uffd) unprotect(at uint64, length int) error {
 }
 
 // setup makes a descriptor that came from elsewhere one that the runtime can wait
-// for.
+// for. Who hands it over is not trusted: events that somebody makes up would have the
+// pager act on descriptors that it has for others.
 func setup(fd int) (*os.File, error) {
+	if kind, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err != nil || kind != "anon_inode:[userfaultfd]" {
+		unix.Close(fd)
+		return nil, fmt.Errorf("it is no userfaultfd but %s", kind)
+	}
 	if err := unix.SetNonblock(fd, true); err != nil {
 		unix.Close(fd)
 		return nil, err
