@@ -239,15 +239,13 @@ func (p *platform) reachAgent(ctx context.Context) (hostagentconnect.HostAgentCl
 // prepareAgent settles the runtime and makes the agent's directory ready for it,
 // before the lock in it is taken.
 func (p *platform) prepareAgent(ctx context.Context) (err error) {
+	if err := mountDisks(ctx, p.dir); err != nil {
+		return err
+	}
 	if p.runtime, err = p.opts.choose(ctx, p.dir, p.log); err != nil {
 		return fmt.Errorf("choose runtime: %w", err)
 	}
-	err = prepareAgentDir(ctx, p.dir, p.runtime, p.log)
-	if errors.Is(err, errHidden) && p.opts.Runtime == runtimeAuto { // what is there goes first
-		p.log.Warn("sandboxes go on in gVisor", "why", err)
-		p.runtime, err = runtimeGVisor, nil
-	}
-	return err
+	return prepareAgentDir(ctx, p.dir, p.runtime, p.log)
 }
 
 // serveAgent starts the host agent and serves its RPC interface.

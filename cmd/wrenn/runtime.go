@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn/wrenn/internal/agent"
 	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/memory/pager"
 	"github.com/wrenn/wrenn/internal/runtime"
@@ -46,23 +47,38 @@ func (o *upOptions) parseRuntime() error {
 	return nil
 }
 
-// choose settles which runtime is meant. Without a choice of the operator's it is
-// Firecracker where that boots the kernel that is installed, else gVisor. One that was
-// chosen and cannot run here says why, and what would.
+// choose settles which runtime is meant. Sandboxes that are here already go first: no
+// other runtime can take them over. Without them and without a choice of the operator's
+// it is Firecracker where that boots the kernel that is installed, else gVisor. One that
+// was chosen and cannot run here says why, and what would.
 func (o *upOptions) choose(ctx context.Context, dir dataDir, log *slog.Logger) (string, error) {
-	switch o.Runtime {
-	case runtimeAuto:
+	here, err := agent.Runtimes(dir.agent())
+	if err != nil {
+		return "", err
+	}
+	chosen := o.Runtime
+	if chosen == runtimeAuto && len(here) > 0 {
+		chosen = here[0]
+		log.Info("the data directory has sandboxes, and stays with their runtime", "runtime", chosen)
+	}
+	if chosen == runtimeAuto {
 		if err := tryFirecracker(ctx, dir); err != nil {
-			log.Debug("sandboxes run in gVisor", "why", err)
+			log.Info("sandboxes run in gVisor", "why", err)
 			return runtimeGVisor, ctx.Err()
 		}
 		return runtimeFirecracker, nil
-	case runtimeFirecracker:
+	}
+	for _, other := range here {
+		if other != chosen {
+			return "", fmt.Errorf("%s has sandboxes or snapshots that only --runtime %s can go on with: start with that and remove them, or use another --data (`wrenn down` ends those that run, and keeps what is paused)", dir, other)
+		}
+	}
+	if chosen == runtimeFirecracker {
 		if err := tryFirecracker(ctx, dir); err != nil {
 			return "", fmt.Errorf("%w; --runtime %s runs on any host, and --runtime %s makes virtual machines, slowly where KVM cannot boot Linux", err, runtimeGVisor, runtimeQEMU)
 		}
 	}
-	return o.Runtime, nil
+	return chosen, nil
 }
 
 func tryFirecracker(ctx context.Context, dir dataDir) error {
@@ -113,21 +129,33 @@ func (d dataDir) kernel() (kernel.Kernel, error) {
 // makesMachines reports whether a runtime's sandboxes are virtual machines.
 func makesMachines(name string) bool { return name == runtimeFirecracker || name == runtimeQEMU }
 
-// prepareAgentDir makes the host agent's directory ready for the runtime: virtual
-// machines want their disks on a file system that clones files at once. It comes
-// before anything is opened there, the agent's lock included.
-func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog.Logger) error {
+// mountDisks mounts the file system that virtual machines have got in this data
+// directory, if they have: what is there is there for every runtime. It comes before
+// anything is opened there, the agent's lock included.
+func mountDisks(ctx context.Context, dir dataDir) error {
 	if err := os.MkdirAll(dir.agent(), 0o700); err != nil {
 		return fmt.Errorf("make agent directory: %w", err)
 	}
+	if _, err := os.Stat(dir.disks()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	hidden, err := agent.Runtimes(dir.agent())
+	if err != nil || len(hidden) > 0 { // sandboxes are never mounted over
+		return err
+	}
+	return disk.Mount(ctx, dir.agent(), dir.disks(), 0)
+}
+
+// prepareAgentDir makes the host agent's directory ready for the runtime: virtual
+// machines want their disks on a file system that clones files at once.
+func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog.Logger) error {
 	if !makesMachines(runtime) {
 		return nil
 	}
 	reflinks, err := disk.HoldsReflinks(dir.agent())
 	if err != nil || reflinks {
-		return err
-	}
-	if err := dir.refuseHidden(); err != nil {
 		return err
 	}
 	var st unix.Statfs_t
@@ -140,23 +168,6 @@ func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog
 		return fmt.Errorf("%w (or choose a data directory on XFS or Btrfs with --data)", err)
 	}
 	return os.Chmod(dir.agent(), 0o700)
-}
-
-// errHidden is the error of refuseHidden.
-var errHidden = errors.New("start with --runtime gvisor, or with another --data")
-
-// refuseHidden refuses to mount over sandboxes of another runtime.
-func (d dataDir) refuseHidden() error {
-	for _, name := range []string{"sandboxes", "images"} {
-		entries, err := os.ReadDir(filepath.Join(d.agent(), name))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		if len(entries) > 0 {
-			return fmt.Errorf("%s has sandboxes or snapshots of gVisor, and is on a file system where virtual machines cannot be beside them: %w", d, errHidden)
-		}
-	}
-	return nil
 }
 
 // openRuntime prepares the runtime of that name.

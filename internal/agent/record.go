@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/wrenn/wrenn/internal/sandbox"
@@ -100,4 +102,29 @@ func loadRecords(dir string) ([]record, error) {
 		records = append(records, r)
 	}
 	return records, nil
+}
+
+// Runtimes are those of the sandboxes and snapshots that an agent keeps in dir, by
+// name: an agent of another runtime would take them for lost.
+func Runtimes(dir string) ([]string, error) {
+	records, err := loadRecords(filepath.Join(dir, "sandboxes"))
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]bool{}
+	for _, r := range records {
+		found[r.Runtime] = true
+	}
+	manifests, err := filepath.Glob(filepath.Join(dir, "images", "*", manifestFile))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range manifests {
+		var m manifest
+		if data, err := os.ReadFile(path); err == nil && json.Unmarshal(data, &m) == nil {
+			found[m.Runtime] = true
+		}
+	}
+	delete(found, "") // of what was only begun, or is damaged
+	return slices.Sorted(maps.Keys(found)), nil
 }

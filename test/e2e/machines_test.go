@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -105,7 +106,50 @@ func TestVirtualMachines(t *testing.T) {
 		}
 		b.kill()
 	})
+	t.Run("no other runtime takes them for lost", func(t *testing.T) { otherRuntimesStayAway(t, p) })
 	t.Run("a paused sandbox survives a reboot", func(t *testing.T) { pausedSurvivesReboot(t, p) })
+}
+
+// otherRuntimesStayAway starts the platform again without the runtime of what is
+// there, and with another.
+func otherRuntimesStayAway(t *testing.T, p *platform) {
+	running, paused := p.create(nil), p.create(nil)
+	running.counter(8000)
+	before := running.count(8000)
+	paused.run("echo 7 > /root/kept")
+	paused.pause()
+	p.end(syscall.SIGTERM)
+	refuses := func() {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		out, err := exec.CommandContext(ctx, suite.bin, "up", "--data", p.dir, "--listen", p.listen, "--runtime", "gvisor").CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "only --runtime qemu can go on with") {
+			t.Fatalf("up --runtime gvisor: %v\n%s", err, out)
+		}
+	}
+	refuses()
+	flags := p.flags
+	defer func() { p.flags = flags }()
+	p.flags = nil
+	p.start()
+	if got := running.count(8000); got != before+1 {
+		t.Errorf("the counter went from %d to %d", before, got)
+	}
+	p.end(syscall.SIGTERM)
+	if out, err := exec.Command(suite.bin, "down", "--data", p.dir).CombinedOutput(); err != nil {
+		t.Fatalf("wrenn down: %v\n%s", err, out)
+	}
+	refuses()
+	p.start()
+	paused.resume()
+	if got := paused.run("cat /root/kept"); got != "7\n" {
+		t.Errorf("the paused one has %q", got)
+	}
+	paused.kill()
+	p.end(syscall.SIGTERM)
+	p.flags = flags
+	p.start()
 }
 
 // TestClientsUseVirtualMachines runs the suites of E2B's SDKs where the sandboxes are
