@@ -38,6 +38,8 @@ type host struct {
 	runtime  runtime.Runtime
 	cidr     netip.Prefix // zero: any
 	pool     int64        // bytes for the pool
+
+	compressAfter time.Duration
 }
 
 func newHost(t *testing.T) *host {
@@ -96,7 +98,7 @@ func (h *host) open(t *testing.T) (*agent.Agent, hostagentconnect.HostAgentClien
 	t.Helper()
 	a, err := agent.Open(t.Context(), agent.Config{
 		Dir: filepath.Join(h.dir, "agent"), Templates: filepath.Join(h.dir, "templates"),
-		Runtime: h.runtime, GuestInit: h.envd, Pool: h.pool,
+		Runtime: h.runtime, GuestInit: h.envd, Pool: h.pool, CompressAfter: h.compressAfter,
 		Network: network.Config{Tag: h.tag, CIDR: h.cidr, Ready: 2, Log: slog.New(slog.DiscardHandler)},
 		Log:     slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})

@@ -111,6 +111,72 @@ func (b *busy) Discard(ctx context.Context, id sandbox.ID, state json.RawMessage
 	return b.Runtime.Discard(ctx, id, state)
 }
 
+// small is a runtime whose smaller images are what the others are.
+type small struct {
+	runtime.Runtime
+	begun chan struct{} // gets a value when a compression begins
+	goOn  chan struct{} // lets it go on
+}
+
+func (s *small) Compress(ctx context.Context, image runtime.Image, dir string) error {
+	s.begun <- struct{}{}
+	select {
+	case <-s.goOn:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	entries, err := os.ReadDir(image.Dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() == "manifest.json" {
+			continue
+		}
+		if err := os.Link(filepath.Join(image.Dir, e.Name()), filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestAPausedSandboxIsResumedWhileItsImageIsMadeSmaller(t *testing.T) {
+	h := newHost(t)
+	rt := &small{Runtime: h.runtime, begun: make(chan struct{}), goOn: make(chan struct{})}
+	h.runtime, h.compressAfter = rt, time.Millisecond
+	a, c := h.open(t)
+	id, err := create(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(h.dir, "agent", "sandboxes", id, "image")
+	compressed := func() bool {
+		data, err := os.ReadFile(filepath.Join(image, "manifest.json"))
+		return err == nil && strings.Contains(string(data), `"compressed":true`)
+	}
+	for range 2 { // the second compression is of another image than the first
+		pauseSandbox(t, c, id, false)
+		<-rt.begun
+		resumeSandbox(t, c, id, false)
+		pauseSandbox(t, c, id, false)
+		rt.goOn <- struct{}{} // finds its image gone, or another one
+		<-rt.begun
+		if compressed() {
+			t.Error("an image was made one that is of an earlier pause")
+		}
+		rt.goOn <- struct{}{}
+		await(t, "the image is made smaller", compressed)
+		resumeSandbox(t, c, id, false)
+	}
+	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(image), ".*")); len(left) > 0 {
+		t.Errorf("left beside the image: %v", left)
+	}
+	if err := a.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.clean(t)
+}
+
 func TestWhatCannotBeFreedAtTheStartKeepsNoSandboxFromItsOwner(t *testing.T) {
 	h := newHost(t)
 	first, c := h.open(t)
