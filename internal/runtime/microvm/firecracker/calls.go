@@ -121,6 +121,50 @@ func (c *Client) BalloonStats(ctx context.Context) (BalloonStats, error) {
 	return s, err
 }
 
+// hinting refuses what a version cannot do.
+func (c *Client) hinting(can Capabilities) error {
+	if !can.BalloonHinting {
+		return sandbox.Errorf(sandbox.ErrInvalid, "a guest cannot tell Firecracker %s which pages are free: install 1.14 or newer", can.Version)
+	}
+	return nil
+}
+
+// StartHinting asks the guest to tell which of its pages are free, which the host then
+// takes back. With acknowledge it may have them again once it has told all; without,
+// at StopHinting. The balloon must have been set with Hinting.
+func (c *Client) StartHinting(ctx context.Context, can Capabilities, acknowledge bool) error {
+	if err := c.hinting(can); err != nil {
+		return err
+	}
+	return c.patch(ctx, "/balloon/hinting/start", map[string]bool{"acknowledge_on_stop": acknowledge})
+}
+
+// StopHinting ends that: the guest may have its pages again.
+func (c *Client) StopHinting(ctx context.Context, can Capabilities) error {
+	if err := c.hinting(can); err != nil {
+		return err
+	}
+	return c.patch(ctx, "/balloon/hinting/stop", nil)
+}
+
+// Hinting asks how far the guest is.
+func (c *Client) Hinting(ctx context.Context, can Capabilities) (HintingStatus, error) {
+	var s HintingStatus
+	if err := c.hinting(can); err != nil {
+		return s, err
+	}
+	err := c.get(ctx, "/balloon/hinting/status", &s)
+	return s, err
+}
+
+// SetCPU sets what of the host's processors the machine sees.
+func (c *Client) SetCPU(ctx context.Context, can Capabilities, cpu CPUConfig) error {
+	if !can.CPUConfig {
+		return sandbox.Errorf(sandbox.ErrInvalid, "Firecracker %s has no processors but the host's: install a newer one", can.Version)
+	}
+	return c.put(ctx, "/cpu-config", cpu)
+}
+
 // SetLogger sets where Firecracker's own words go.
 func (c *Client) SetLogger(ctx context.Context, l Logger) error { return c.put(ctx, "/logger", l) }
 

@@ -62,6 +62,7 @@ type Capabilities struct {
 
 	NetworkOverrides    bool // another TAP at load
 	PageSize            bool // page_size, in bytes, in what is sent to the pager
+	CPUConfig           bool // PUT /cpu-config
 	TrackDirtyAtLoad    bool // by its new name; before it is enable_diff_snapshots
 	DiffWithoutTracking bool // of all resident pages, with swap off
 	PCI                 bool // --enable-pci
@@ -84,6 +85,7 @@ var since = []struct {
 }{
 	{Version{1, 12, 0}, func(c *Capabilities) *bool { return &c.NetworkOverrides }},
 	{Version{1, 12, 0}, func(c *Capabilities) *bool { return &c.PageSize }},
+	{Version{1, 12, 0}, func(c *Capabilities) *bool { return &c.CPUConfig }},
 	{Version{1, 13, 0}, func(c *Capabilities) *bool { return &c.TrackDirtyAtLoad }},
 	{Version{1, 13, 0}, func(c *Capabilities) *bool { return &c.DiffWithoutTracking }},
 	{Version{1, 13, 0}, func(c *Capabilities) *bool { return &c.PCI }},

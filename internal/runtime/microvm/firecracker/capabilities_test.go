@@ -11,7 +11,7 @@ import (
 
 func TestCapabilities(t *testing.T) {
 	type can = firecracker.Capabilities
-	base := can{NetworkOverrides: true, PageSize: true}
+	base := can{NetworkOverrides: true, PageSize: true, CPUConfig: true}
 	v13 := base
 	v13.TrackDirtyAtLoad, v13.DiffWithoutTracking, v13.PCI = true, true, true
 	v14 := v13

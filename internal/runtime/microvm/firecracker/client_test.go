@@ -64,14 +64,23 @@ type vmm struct {
 
 func start(t *testing.T, version string) *vmm {
 	t.Helper()
+	v := launch(t, program(t, version), (*exec.Cmd).Start)
+	v.expect(t, "Running Firecracker v"+version)
+	v.ask(t)
+	return v
+}
+
+// launch starts a Firecracker, in a way that is given.
+func launch(t *testing.T, binary string, start func(*exec.Cmd) error) *vmm {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "api.sock")
-	cmd := exec.Command(program(t, version), "--api-sock", socket, "--id", "box")
+	cmd := exec.Command(binary, "--api-sock", socket, "--id", "box")
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	if err := start(cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -80,7 +89,12 @@ func start(t *testing.T, version string) *vmm {
 	})
 	v := &vmm{Client: firecracker.NewClient(socket), cmd: cmd, output: bufio.NewReader(out)}
 	t.Cleanup(v.Close)
-	v.expect(t, "Running Firecracker v"+version)
+	return v
+}
+
+// ask asks what the version can do.
+func (v *vmm) ask(t *testing.T) {
+	t.Helper()
 	running, err := v.Version(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -88,7 +102,6 @@ func start(t *testing.T, version string) *vmm {
 	if v.can, err = firecracker.CapabilitiesOf(running); err != nil {
 		t.Fatal(err)
 	}
-	return v
 }
 
 func (v *vmm) expect(t *testing.T, words string) {
@@ -113,12 +126,18 @@ const memoryMiB = 4
 // boot configures all that a machine has, and starts it.
 func (v *vmm) boot(t *testing.T) {
 	t.Helper()
+	v.bootKernel(t, file(t))
+	v.expect(t, "guest counts 1")
+}
+
+func (v *vmm) bootKernel(t *testing.T, kernel string) {
+	t.Helper()
 	ctx, path := t.Context(), file(t)
 	limit := &firecracker.RateLimiter{Bandwidth: &firecracker.TokenBucket{Size: 1 << 20, Burst: 1 << 19, Refill: 1000}}
 	steps := []error{
 		v.SetLogger(ctx, firecracker.Logger{Level: "Warning"}),
 		v.SetMetrics(ctx, firecracker.Metrics{Path: path}),
-		v.SetBootSource(ctx, firecracker.BootSource{Kernel: path, Initrd: path, Args: "quiet"}),
+		v.SetBootSource(ctx, firecracker.BootSource{Kernel: kernel, Initrd: path, Args: "quiet"}),
 		v.SetDrive(ctx, firecracker.Drive{ID: "root", Path: path, Root: true}),
 		v.SetDrive(ctx, firecracker.Drive{ID: "agent", Path: path, ReadOnly: true}),
 		v.SetNetwork(ctx, firecracker.NetworkInterface{ID: "eth0", TAP: "tap0", MAC: "02:fc:00:00:00:15", TX: limit}),
@@ -126,12 +145,11 @@ func (v *vmm) boot(t *testing.T) {
 		v.SetMMDSConfig(ctx, firecracker.MMDSConfig{Version: "V2", Interfaces: []string{"eth0"}}),
 		v.SetMMDS(ctx, map[string]string{"instanceID": "box"}),
 		v.SetEntropy(ctx, firecracker.Entropy{}),
-		v.SetVsock(ctx, firecracker.Vsock{GuestCID: 3, Path: "vsock"}),
-		v.SetBalloon(ctx, firecracker.Balloon{DeflateOnOOM: true, Hinting: v.can.BalloonHinting, Reporting: v.can.BalloonHinting}),
+		v.SetVsock(ctx, firecracker.Vsock{GuestCID: 3, Path: filepath.Join(t.TempDir(), "vsock")}),
+		v.SetBalloon(ctx, firecracker.Balloon{DeflateOnOOM: true, StatsSeconds: 1, Hinting: v.can.BalloonHinting, Reporting: v.can.BalloonHinting}),
 		v.Start(ctx),
 		v.UpdateDrive(ctx, firecracker.DriveUpdate{ID: "root", Limiter: limit}),
 		v.UpdateNetwork(ctx, firecracker.NetworkInterfaceUpdate{ID: "eth0", TX: limit}),
-		v.UpdateBalloon(ctx, firecracker.BalloonUpdate{AmountMiB: 1}),
 		v.FlushMetrics(ctx),
 	}
 	for i, err := range steps {
@@ -139,7 +157,6 @@ func (v *vmm) boot(t *testing.T) {
 			t.Fatalf("step %d: %v", i, err)
 		}
 	}
-	v.expect(t, "guest counts 1")
 }
 
 func (v *vmm) wantState(t *testing.T, want string) {
@@ -188,8 +205,11 @@ func TestBootPauseResume(t *testing.T) {
 		if _, err := v.Config(ctx); err != nil {
 			t.Error(err)
 		}
-		if _, err := v.BalloonStats(ctx); err != nil {
+		if err := v.UpdateBalloon(ctx, firecracker.BalloonUpdate{AmountMiB: 1}); err != nil {
 			t.Error(err)
+		}
+		if stats, err := v.BalloonStats(ctx); err != nil || stats.ActualMiB != 1 {
+			t.Errorf("the balloon is %+v (%v)", stats, err)
 		}
 		if err := v.CtrlAltDel(ctx); err != nil {
 			t.Error(err)
@@ -220,9 +240,68 @@ func TestOrderOfCalls(t *testing.T) {
 		v.boot(t)
 		wantError(t, v.Start(ctx), "PUT", "/actions", "after starting")
 		wantError(t, v.SetMachine(ctx, firecracker.MachineConfig{CPUs: 1, MemoryMiB: 1}), "PUT", "/machine-config", "after starting")
-		wantError(t, v.CreateSnapshot(ctx, snapshot, memoryMiB), "PUT", "/snapshot/create", "paused")
+		wantError(t, v.CreateSnapshot(ctx, snapshot, memoryMiB), "PUT", "/snapshot/create", "unavailable while running")
 		wantError(t, v.Load(ctx, v.can, firecracker.SnapshotLoad{}, memoryMiB), "PUT", "/snapshot/load", "after starting")
 		v.wantState(t, firecracker.Running)
+	})
+}
+
+func TestHinting(t *testing.T) {
+	eachVersion(t, func(t *testing.T, version string) {
+		v, ctx := start(t, version), t.Context()
+		v.boot(t)
+		if !v.can.BalloonHinting {
+			_, err := v.Hinting(ctx, v.can)
+			for _, err := range []error{err, v.StartHinting(ctx, v.can, true), v.StopHinting(ctx, v.can)} {
+				if !errors.Is(err, sandbox.ErrInvalid) {
+					t.Errorf("hinting where there is none: %v", err)
+				}
+			}
+			return
+		}
+		if s, err := v.Hinting(ctx, v.can); err != nil || s.Host != firecracker.HintingStop || s.Guest != nil {
+			t.Errorf("before the first run: %+v (%v)", s, err)
+		}
+		for run := range uint32(2) {
+			if err := v.StartHinting(ctx, v.can, false); err != nil {
+				t.Fatal(err)
+			}
+			if s, err := v.Hinting(ctx, v.can); err != nil || s.Host != firecracker.HintingDone+1+run || s.Guest == nil || *s.Guest != firecracker.HintingStop {
+				t.Errorf("in a run: %+v (%v)", s, err)
+			}
+		}
+		if err := v.StopHinting(ctx, v.can); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := v.Hinting(ctx, v.can); err != nil || s.Host != firecracker.HintingDone {
+			t.Errorf("after the run: %+v (%v)", s, err)
+		}
+		if err := v.StartHinting(ctx, v.can, true); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := v.Hinting(ctx, v.can); err != nil || s.Host != firecracker.HintingDone {
+			t.Errorf("after a run that ends by itself: %+v (%v)", s, err)
+		}
+	})
+}
+
+// processors is what of the host's a machine sees, in all the forms there are.
+var processors = firecracker.CPUConfig{
+	CPUID: []firecracker.CPUIDLeaf{{Leaf: 1, Registers: []firecracker.CPUIDRegister{{Register: "ecx", Bits: "0bx0"}}}},
+	MSRs:  []firecracker.MSR{{Address: 0x10a, Bits: "0b0x"}},
+}
+
+func TestCPUConfig(t *testing.T) {
+	eachVersion(t, func(t *testing.T, version string) {
+		v := start(t, version)
+		if err := v.SetCPU(t.Context(), v.can, processors); err != nil {
+			t.Error(err)
+		}
+		if err := v.SetCPU(t.Context(), firecracker.Capabilities{}, processors); !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("where there is none: %v", err)
+		}
+		v.boot(t)
+		wantError(t, v.SetCPU(t.Context(), v.can, processors), "PUT", "/cpu-config", "after starting")
 	})
 }
 

@@ -6,4 +6,7 @@
 // package memory stores it, taken over from the file that Firecracker writes. A
 // machine that is loaded gets its memory page by page from the pager, or where there
 // is none out of a file.
+//
+// The monitor is confined by Firecracker's jailer where there is one, else by package
+// jail alone.
 package firecracker

@@ -1,9 +1,12 @@
 package firecracker_test
 
 import (
+	"bytes"
 	"encoding/binary"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -52,36 +55,58 @@ func (s *site) realMachine(t *testing.T) microvm.Machine {
 	return m
 }
 
-// counted gives what the guest has counted to, in an image.
-func counted(t *testing.T, dir string) uint64 {
+func allMemory(t *testing.T, dir string) []byte {
 	t.Helper()
 	image, err := memory.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer image.Close()
-	page := make([]byte, 4096)
-	if _, err := image.ReadAt(page, guestCounter); err != nil {
+	all := make([]byte, memoryMiB<<20)
+	if _, err := image.ReadAt(all, 0); err != nil {
 		t.Fatal(err)
 	}
-	return binary.LittleEndian.Uint64(page)
+	return all
 }
 
-// saveLater lets the guest count on before it is saved.
-func saveLater(t *testing.T, f *firecracker.Monitor, m microvm.Machine) string {
+func pagesThatDiffer(a, b []byte) []int {
+	var pages []int
+	for at := 0; at < len(a); at += 4096 {
+		if !bytes.Equal(a[at:at+4096], b[at:at+4096]) {
+			pages = append(pages, at/4096)
+		}
+	}
+	return pages
+}
+
+// counted gives what the guest has counted to, in an image.
+func counted(t *testing.T, dir string) uint64 {
 	t.Helper()
-	time.Sleep(50 * time.Millisecond)
-	return save(t, f, m)
+	return binary.LittleEndian.Uint64(allMemory(t, dir)[guestCounter:])
+}
+
+// saveLater saves a machine whose guest has counted further than n, and says how far.
+func saveLater(t *testing.T, f *firecracker.Monitor, m microvm.Machine, n uint64) (dir string, counts uint64) {
+	t.Helper()
+	for until := time.Now().Add(10 * time.Second); time.Now().Before(until); {
+		call(t, m, f.Resume)
+		dir = save(t, f, m)
+		if counts = counted(t, dir); counts > n {
+			return dir, counts
+		}
+	}
+	t.Fatalf("the guest has counted to %d and no further", counts)
+	return "", 0
 }
 
 // The whole life of a machine in the real Firecracker, and in the real jailer.
 func TestReal(t *testing.T) { eachRealJail(t, testReal) }
 
 func testReal(t *testing.T, s *site) {
-	for _, memory := range []string{"from a file", "from the pager"} {
-		t.Run(memory, func(t *testing.T) {
+	for _, source := range []string{"from a file", "from the pager"} {
+		t.Run(source, func(t *testing.T) {
 			cfg := firecracker.Config{}
-			if memory == "from the pager" {
+			if source == "from the pager" {
 				cfg.Pager = always(startPager(t))
 			}
 			f, m := s.monitor(t, "", cfg), s.realMachine(t)
@@ -90,30 +115,25 @@ func testReal(t *testing.T, s *site) {
 				t.Fatal(err)
 			}
 			s.wantConfined(t, id, m)
-			image := saveLater(t, f, m)
-			n := counted(t, image)
-			if said := microvm.LastWords(m); n == 0 || !strings.Contains(said, "hi") {
-				t.Fatalf("the guest has counted to %d, and said %q", n, said)
+			image, n := saveLater(t, f, m, 0)
+			if said := microvm.LastWords(m); !strings.Contains(said, "hi") {
+				t.Errorf("the guest has counted to %d, and said %q", n, said)
 			}
-			call(t, m, f.Resume)
-			if again := counted(t, saveLater(t, f, m)); again <= n {
-				t.Errorf("it has counted to %d and then to %d", n, again)
-			}
+			saveLater(t, f, m, n)
 
 			m = s.machine(t)
 			if id, err = f.Load(t.Context(), m, image); err != nil {
 				t.Fatal(err)
 			}
 			s.wantConfined(t, id, m)
-			for layers := 2; layers < 5; layers++ {
+			before, after := allMemory(t, image), allMemory(t, save(t, f, m))
+			// Below the guest are the id of its generation and its clock, which are new.
+			if different := pagesThatDiffer(before, after); len(different) > 2 || slices.ContainsFunc(different, func(p int) bool { return p >= guestAt/4096 }) {
+				t.Errorf("the pages %#x are not as they were", different)
+			}
+			for range 3 {
 				f := s.monitor(t, "", cfg)
-				call(t, m, f.Resume)
-				dir := saveLater(t, f, m)
-				next := counted(t, dir)
-				if next <= n {
-					t.Errorf("it has counted to %d and then to %d", n, next)
-				}
-				n = next
+				_, n = saveLater(t, f, m, n)
 			}
 			var data map[string]string
 			c := firecracker.NewClient(filepath.Join(m.Run(), "api.sock"))
@@ -123,4 +143,93 @@ func testReal(t *testing.T, s *site) {
 			}
 		})
 	}
+}
+
+// Every call of the client on the real Firecracker.
+func TestRealCalls(t *testing.T) {
+	s := newRealSite(t)
+	netns, ctx := s.slot(t).InnerNetNS, t.Context()
+	open := func() *vmm {
+		v := launch(t, s.real, func(cmd *exec.Cmd) error {
+			inNamespace(t, netns, cmd.Start)
+			return nil
+		})
+		for { // until it listens
+			line, err := v.output.ReadString('\n')
+			if err != nil {
+				t.Fatal(err)
+			}
+			if strings.Contains(line, "API server started") {
+				break
+			}
+		}
+		v.ask(t)
+		return v
+	}
+	v := open()
+	v.wantState(t, firecracker.NotStarted)
+	if v.can.SerialPath {
+		if err := v.SetSerial(ctx, firecracker.Serial{Path: file(t)}); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := v.SetCPU(ctx, v.can, processors); err != nil {
+		t.Error(err)
+	}
+	if err := v.SetCPU(ctx, v.can, firecracker.CPUConfig{}); err != nil { // the one before is not for every processor
+		t.Error(err)
+	}
+	v.bootKernel(t, guestKernel(t))
+	v.wantState(t, firecracker.Running)
+	if all, err := v.Config(ctx); err != nil || !strings.Contains(string(all), `"vcpu_count":2`) {
+		t.Errorf("all that is configured: %s (%v)", all, err)
+	}
+	if m, err := v.Machine(ctx); err != nil || m.CPUs != 2 || m.MemoryMiB != memoryMiB {
+		t.Errorf("machine is %+v (%v)", m, err)
+	}
+	var data map[string]string
+	if err := v.MMDS(ctx, &data); err != nil || data["instanceID"] != "box" {
+		t.Errorf("metadata is %v (%v)", data, err)
+	}
+	if stats, err := v.BalloonStats(ctx); err != nil || stats.TargetMiB != 0 {
+		t.Errorf("the balloon is %+v (%v)", stats, err)
+	}
+	if v.can.BalloonHinting {
+		if h, err := v.Hinting(ctx, v.can); err != nil || h.Host != firecracker.HintingStop || h.Guest != nil {
+			t.Errorf("hinting is %+v (%v)", h, err)
+		}
+		// The guest has no driver for it.
+		wantError(t, v.StartHinting(ctx, v.can, true), "PATCH", "/balloon/hinting/start", "not activated")
+		wantError(t, v.StopHinting(ctx, v.can), "PATCH", "/balloon/hinting/stop", "not activated")
+	}
+	wantError(t, v.UpdateBalloon(ctx, firecracker.BalloonUpdate{AmountMiB: 1}), "PATCH", "/balloon", "not activated")
+	first := v.snapshot(t, firecracker.Full)
+	v.wantState(t, firecracker.Paused)
+	for range 2 {
+		if err := v.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := v.CtrlAltDel(ctx); err != nil {
+		t.Error(err)
+	}
+	if err := v.cmd.Process.Kill(); err != nil { // the guest does not listen to it
+		t.Fatal(err)
+	}
+	_ = v.cmd.Wait() // was killed
+
+	v = open()
+	load := firecracker.SnapshotLoad{
+		State: first.State, Memory: firecracker.MemoryBackend{Kind: firecracker.File, Path: first.Memory}, TrackDirty: true,
+		Networks: []firecracker.NetworkOverride{{ID: "eth0", TAP: "tap0"}}, ClockRealtime: v.can.ClockRealtime,
+	}
+	if v.can.VsockOverride {
+		load.Vsock = &firecracker.VsockOverride{Path: filepath.Join(t.TempDir(), "vsock")}
+	}
+	if err := v.Load(ctx, v.can, load, memoryMiB); err != nil {
+		t.Fatal(err)
+	}
+	v.wantState(t, firecracker.Paused)
+	v.snapshot(t, firecracker.Diff)
+	v.wantState(t, firecracker.Paused)
 }

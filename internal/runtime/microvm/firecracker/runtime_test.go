@@ -24,12 +24,17 @@ const (
 // taken over, paused, restored, killed and cleaned up.
 func TestLifeWithoutGuest(t *testing.T) { eachJail(t, testLifeWithoutGuest) }
 
+func TestRealLife(t *testing.T) { eachRealJail(t, testLifeWithoutGuest) }
+
 func testLifeWithoutGuest(t *testing.T, s *site) {
-	disks, root := t.TempDir(), t.TempDir()
+	disks, root, vmlinux := t.TempDir(), t.TempDir(), readable(t)
+	if s.real != "" {
+		vmlinux = guestKernel(t)
+	}
 	open := func() *microvm.Runtime {
 		rt, err := microvm.New(microvm.Config{
 			Monitor: s.monitor(t, "1.15.1", firecracker.Config{}), Disks: disks, Tag: tag, Log: slog.New(slog.DiscardHandler),
-			Kernel: kernel.Kernel{Name: "test", Version: "1", Vmlinux: readable(t), Initramfs: readable(t)},
+			Kernel: kernel.Kernel{Name: "test", Version: "1", Vmlinux: vmlinux, Initramfs: readable(t)},
 		})
 		if err != nil {
 			t.Fatal(err)

@@ -1,5 +1,7 @@
 package firecracker
 
+import "fmt"
+
 // BootSource is the kernel that a machine boots.
 type BootSource struct {
 	Kernel string `json:"kernel_image_path"`
@@ -109,6 +111,55 @@ type BalloonStats struct {
 	Available int64 `json:"available_memory"`
 	Caches    int64 `json:"disk_caches"`
 }
+
+// HintingStatus is how far the guest is in telling which of its pages are free.
+type HintingStatus struct {
+	Host  uint32  `json:"host_cmd"`  // HintingStop, HintingDone, or the number of a run
+	Guest *uint32 `json:"guest_cmd"` // what the guest has said last; nil: nothing yet
+}
+
+// What Host and Guest of a HintingStatus can be besides the number of a run.
+const (
+	HintingStop = 0 // the guest has told all, or nobody has asked
+	HintingDone = 1 // the guest may have its pages again
+)
+
+// CPUConfig changes what processors a machine has: the same on hosts that differ.
+type CPUConfig struct {
+	Capabilities []string    `json:"kvm_capabilities,omitempty"` // of KVM, by number, that must be there; with ! not asked for
+	CPUID        []CPUIDLeaf `json:"cpuid_modifiers,omitempty"`
+	MSRs         []MSR       `json:"msr_modifiers,omitempty"`
+}
+
+// CPUIDLeaf changes what the instruction CPUID tells.
+type CPUIDLeaf struct {
+	Leaf      Hex             `json:"leaf"`
+	Subleaf   Hex             `json:"subleaf"`
+	Flags     int             `json:"flags"` // of KVM: 1 where the subleaf matters
+	Registers []CPUIDRegister `json:"modifiers"`
+}
+
+// CPUIDRegister changes one register of a leaf.
+type CPUIDRegister struct {
+	Register string `json:"register"` // "eax", "ebx", "ecx", "edx"
+	Bits     Bits   `json:"bitmap"`
+}
+
+// MSR changes a register that is specific to the model.
+type MSR struct {
+	Address Hex  `json:"addr"`
+	Bits    Bits `json:"bitmap"`
+}
+
+// Bits are what becomes of a register's lower bits: "0b" and then 0, 1, or x for one
+// that stays, the highest first.
+type Bits string
+
+// Hex is a number that Firecracker reads in words.
+type Hex uint32
+
+// MarshalText implements encoding.TextMarshaler.
+func (h Hex) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "%#x", uint32(h)), nil }
 
 // Logger says where Firecracker's own words go.
 type Logger struct {

@@ -8,19 +8,24 @@
 package fake
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
+	"unicode"
 )
 
 // Prefix is what the name of the program begins with. The version follows:
@@ -103,6 +108,9 @@ type machine struct {
 	kernel     bool
 	config     config
 	mmds       json.RawMessage
+	hasMMDS    bool // there is a store for it
+	metrics    bool // are written somewhere
+	balloon    *balloon
 	memory     *memory
 	tap        int
 
@@ -118,13 +126,24 @@ type config struct {
 	Track     bool              `json:"track"`
 	Drives    []drive           `json:"drives"`
 	TAPs      map[string]string `json:"taps"` // by interface
+	MACs      map[string]string `json:"macs"` // likewise
 	MMDS      []string          `json:"mmds"` // interfaces
 }
 
 type drive struct {
 	ID       string `json:"drive_id"`
 	Path     string `json:"path_on_host"`
+	Root     bool   `json:"is_root_device"`
 	ReadOnly bool   `json:"is_read_only"`
+}
+
+// balloon is a device whose driver in the guest runs, and does at once what it is told.
+type balloon struct {
+	Amount  int64 `json:"amount_mib"`
+	Seconds int   `json:"stats_polling_interval_s"`
+	Hinting bool  `json:"free_page_hinting"`
+	command int
+	said    *int
 }
 
 // refusal is an error of Firecracker's: status 400, with a message.
@@ -162,26 +181,18 @@ func (m *machine) call(r *http.Request) (any, error) {
 		}
 	}
 	rule, ok := rules[r.Method+" "+path]
+	if rest, hinting := strings.CutPrefix(path, "/balloon"); !ok && hinting && m.minor >= 14 {
+		return nil, refusal(fmt.Sprintf("Unrecognized %s request path `%s`.", r.Method, rest))
+	}
 	if !ok || m.minor < rule.since {
-		return nil, refusal(fmt.Sprintf("Invalid request method and/or path: %s %s.", r.Method, strings.TrimPrefix(r.URL.Path, "/")))
+		return nil, refusal(fmt.Sprintf("Invalid request method and/or path: %s %s.", r.Method, strings.Split(strings.TrimPrefix(r.URL.Path, "/"), "/")[0]))
 	}
-	body := map[string]json.RawMessage{}
-	if r.Method != http.MethodGet {
-		if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
-			return nil, refusal(fmt.Sprintf("An error occurred when deserializing the json body of a request: %v.", err))
-		}
-		if err := m.check(rule, body); err != nil {
-			return nil, err
-		}
+	body, err := m.read(r, rule)
+	if err != nil {
+		return nil, err
 	}
-	if rule.id != "" && text(body, rule.id) != id {
-		return nil, refusal("The id from the path does not match the id from the body!")
-	}
-	if rule.when == before && m.state != notStarted {
-		return nil, errAfter
-	}
-	if rule.when == after && m.state == notStarted {
-		return nil, errBefore
+	if err := cmp.Or(rule.checkID(path, id, body), m.checkTime(rule)); err != nil {
+		return nil, err
 	}
 	m.configured = m.configured || rule.configures
 	if rule.do == nil {
@@ -190,29 +201,106 @@ func (m *machine) call(r *http.Request) (any, error) {
 	return rule.do(m, body)
 }
 
-// check compares a body's fields with those that the version knows.
-func (m *machine) check(rule rule, body map[string]json.RawMessage) error {
-	if rule.fields == nil {
+// checkID compares the id in the path with the one in the body.
+func (r rule) checkID(path, id string, body map[string]json.RawMessage) error {
+	if r.id == "" {
 		return nil
 	}
-	wrong := func(words, field string) error {
-		return refusal(fmt.Sprintf("An error occurred when deserializing the json body of a request: %s `%s`.", words, field))
+	its := text(body, r.id)
+	switch {
+	case strings.ContainsFunc(id, func(r rune) bool { return r != '_' && !unicode.IsLetter(r) && !unicode.IsDigit(r) }):
+		return refusal("API Resource IDs can only contain alphanumeric characters and underscores.")
+	case its != id && path == "/drives":
+		return refusal("The id from the path does not match the id from the body!")
+	case its != id:
+		return refusal(fmt.Sprintf("The id from the path [%s] does not match the id from the body [%s]!", id, its))
 	}
-	for name := range body {
-		f, ok := rule.fields[name]
-		if !ok || m.minor < f.since {
-			return wrong("unknown field", name)
+	return nil
+}
+
+// checkTime refuses what is not for this time of the machine's life.
+func (m *machine) checkTime(r rule) error {
+	switch {
+	case r.when == before && m.state != notStarted && r.hotplug && m.minor >= 16:
+		return refusal("PCI is not enabled")
+	case r.when == before && m.state != notStarted:
+		return errAfter
+	case r.when == after && m.state == notStarted:
+		return errBefore
+	}
+	return nil
+}
+
+// read reads the body of a call. One that may be anything is under the empty name.
+func (m *machine) read(r *http.Request, rule rule) (map[string]json.RawMessage, error) {
+	body := map[string]json.RawMessage{}
+	if r.Method == http.MethodGet {
+		return body, nil
+	}
+	data, err := io.ReadAll(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	if len(data) == 0 {
+		if rule.bodiless {
+			return body, nil
 		}
-		if f.until != 0 && m.minor >= f.until {
-			return wrong("deprecated field", name)
+		return nil, refusal(fmt.Sprintf("Empty %s request.", r.Method))
+	}
+	var into any = &body
+	if rule.anything {
+		into = new(json.RawMessage)
+	}
+	if err := json.Unmarshal(data, into); err != nil {
+		return nil, unreadable(err.Error())
+	}
+	if rule.anything {
+		return map[string]json.RawMessage{"": data}, nil
+	}
+	return body, m.check(rule, body)
+}
+
+var levels = []string{"off", "trace", "debug", "info", "warn", "warning", "error"}
+
+func unreadable(words string) error {
+	return refusal("An error occurred when deserializing the json body of a request: " + words + ".")
+}
+
+// check compares a body's fields with those that the version knows.
+func (m *machine) check(rule rule, body map[string]json.RawMessage) error {
+	for name, value := range body {
+		f, ok := rule.fields[name]
+		switch {
+		case rule.bodiless && !ok:
+			continue // of such calls it is not looked at
+		case !ok || m.minor < f.since:
+			return unreadable(fmt.Sprintf("unknown field `%s`", name))
+		case f.until != 0 && m.minor >= f.until:
+			return unreadable(fmt.Sprintf("deprecated field `%s`", name))
+		case f.oneOf != nil && !slices.Contains(f.oneOf, text(body, name)):
+			return unreadable(fmt.Sprintf("unknown variant `%s`", text(body, name)))
+		case f.level && !slices.Contains(levels, strings.ToLower(text(body, name))):
+			return unreadable("Invalid LevelFilter")
+		case f.truth && string(value) != "true" && string(value) != "false":
+			return unreadable(fmt.Sprintf("invalid type: `%s`, expected a boolean", value))
 		}
 	}
 	for name, f := range rule.fields {
 		if _, ok := body[name]; f.needed && !ok {
-			return wrong("missing field", name)
+			return unreadable(fmt.Sprintf("missing field `%s`", name))
 		}
 	}
 	return nil
+}
+
+// system puts an error of the host's into the words of the original's language.
+func system(err error) string {
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return err.Error()
+	}
+	words := errno.Error()
+	return fmt.Sprintf("%s%s (os error %d)", strings.ToUpper(words[:1]), words[1:], int(errno))
 }
 
 // fail ends the program once the answer is out.

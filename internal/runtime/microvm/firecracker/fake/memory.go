@@ -78,20 +78,20 @@ func (m *machine) format() int {
 func create(m *machine, body map[string]json.RawMessage) (any, error) {
 	kind := text(body, "snapshot_type")
 	if m.state != paused {
-		return nil, refusal("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore requires the vCPUs to be paused")
+		return nil, refusal("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running")
 	}
 	if kind == "Diff" && !m.memory.tracked && m.minor < 13 {
 		return nil, refusal("The requested operation is not supported: Diff snapshots are not allowed on uVMs with dirty page tracking disabled.")
 	}
 	data, err := json.Marshal(saved{Format: m.format(), Config: m.config, Magic: magic})
-	if err == nil {
-		err = os.WriteFile(text(body, "snapshot_path"), data, 0o600)
-	}
-	if err == nil {
-		err = m.memory.write(text(body, "mem_file_path"), kind == "Diff")
-	}
 	if err != nil {
-		return nil, refusal(fmt.Sprintf("Create snapshot error: Cannot perform open on the memory backing file: %v", err))
+		return nil, err
+	}
+	if err := os.WriteFile(text(body, "snapshot_path"), data, 0o600); err != nil {
+		return nil, refusal("Create snapshot error: Cannot perform open on the snapshot backing file: " + system(err))
+	}
+	if err := m.memory.write(text(body, "mem_file_path"), kind == "Diff"); err != nil {
+		return nil, refusal("Create snapshot error: Cannot perform open on the memory backing file: " + system(err))
 	}
 	m.memory.written = map[int]bool{}
 	return nil, nil
@@ -141,11 +141,11 @@ func load(m *machine, body map[string]json.RawMessage) (any, error) {
 func (m *machine) restore(body map[string]json.RawMessage) error {
 	data, err := os.ReadFile(text(body, "snapshot_path"))
 	if err != nil {
-		return err
+		return refusal("Failed to get snapshot state from file: Failed to open snapshot file: " + system(err))
 	}
 	var s saved
 	if err := json.Unmarshal(data, &s); err != nil || s.Magic != magic {
-		return fmt.Errorf("failed to get snapshot state from file: %w", err)
+		return refusal("Failed to get snapshot state from file: Failed to load snapshot state from file: An error occurred during bitcode serialization: bitcode error")
 	}
 	if s.Format != m.format() {
 		return fmt.Errorf("invalid format version: %d.0.0", s.Format)
@@ -161,7 +161,7 @@ func (m *machine) restore(body map[string]json.RawMessage) error {
 	}
 	for _, o := range overrides {
 		if _, ok := s.Config.TAPs[o.ID]; !ok {
-			return fmt.Errorf("unknown network device")
+			return refusal("Failed to get snapshot state from file: Unknown Network Device.")
 		}
 		s.Config.TAPs[o.ID] = o.TAP
 	}
@@ -184,12 +184,11 @@ func (m *machine) restore(body map[string]json.RawMessage) error {
 	}
 	size := memorySize(s.Config)
 	if backend.Kind == "Uffd" {
-		m.memory, err = memoryFromPager(backend.Path, size, m.minor >= 12)
-	} else {
-		m.memory, err = memoryFromFile(backend.Path, size)
-	}
-	if err != nil {
-		return err
+		if m.memory, err = memoryFromPager(backend.Path, size, m.minor >= 12); err != nil {
+			return refusal("Failed to load guest memory: Error creating guest memory from uffd: Failed to connect to UDS Unix stream: " + system(err))
+		}
+	} else if m.memory, err = memoryFromFile(backend.Path, size); err != nil {
+		return refusal("Failed to load guest memory: Error creating guest memory from file: Failed to load guest memory: " + system(err))
 	}
 	for _, name := range []string{"enable_diff_snapshots", "track_dirty_pages"} {
 		var on bool
@@ -198,6 +197,7 @@ func (m *machine) restore(body map[string]json.RawMessage) error {
 	}
 	s.Config.Track = m.memory.tracked
 	m.config = s.Config
+	m.hasMMDS = m.hasMMDS || len(m.config.MMDS) > 0
 	return nil
 }
 
