@@ -40,10 +40,11 @@ func removeStaleBinaries(dir, agent string, keep ...string) error {
 }
 
 // usedBinaries returns what tells whether a file is used by a process of this
-// host, or named in the bundle of an instance or the manifest of an image.
+// host, or named in the bundle of an instance, the manifest of an image or the record of a
+// sandbox.
 func usedBinaries(agent string) (func(path string) bool, error) {
 	var naming [][]byte
-	for _, pattern := range []string{"instances/*/config.json", "images/*/manifest.json", "sandboxes/*/image/manifest.json"} {
+	for _, pattern := range []string{"instances/*/config.json", "images/*/manifest.json", "sandboxes/*/image/manifest.json", "sandboxes/*/record.json"} {
 		paths, err := filepath.Glob(filepath.Join(agent, pattern))
 		if err != nil {
 			return nil, err

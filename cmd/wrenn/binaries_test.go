@@ -43,6 +43,8 @@ func TestCopiesOfEarlierBuildsGoWhenNoSandboxUsesThem(t *testing.T) {
 	write(filepath.Join(dir, "sandboxes", "a", "image", "manifest.json"), []byte(`{"guest_init":"envd-paused"}`))
 	write(filepath.Join(bin, "envd-snapshot"), nil)
 	write(filepath.Join(dir, "images", "a", "manifest.json"), []byte(`{"guest_init":"envd-snapshot"}`))
+	write(filepath.Join(bin, "envd-machine"), nil)
+	write(filepath.Join(dir, "sandboxes", "b", "record.json"), []byte(`{"guest_init":"envd-machine"}`))
 	if err := os.Mkdir(filepath.Join(dir, "instances", "b"), 0o755); err != nil { // one that is being made
 		t.Fatal(err)
 	}
@@ -63,7 +65,7 @@ func TestCopiesOfEarlierBuildsGoWhenNoSandboxUsesThem(t *testing.T) {
 	for _, e := range entries {
 		left = append(left, e.Name())
 	}
-	if want := []string{"envd-mounted", "envd-paused", "envd-snapshot", "runsc-now", "runsc-running", "runsc.json"}; !slices.Equal(left, want) {
+	if want := []string{"envd-machine", "envd-mounted", "envd-paused", "envd-snapshot", "runsc-now", "runsc-running", "runsc.json"}; !slices.Equal(left, want) {
 		t.Errorf("left %v, want %v", left, want)
 	}
 }

@@ -158,21 +158,48 @@ func (a *Agent) startFromImage(ctx context.Context, m *managed, dir, token strin
 	}
 	o.resources, o.guestInit = im.Resources, filepath.Join(filepath.Dir(a.cfg.GuestInit), im.GuestInit)
 	o.image, o.token = im.runtime(), token
+	loads := im.loads(a.cfg.Runtime, o.guestInit)
 	switch {
 	case im.Kind == runtime.ImageFiles:
 		o.guestInit, o.token = a.cfg.GuestInit, "" // it boots: what is in the image knows no guest agent
 		init.EnvVars = over(im.EnvVars, init.EnvVars)
 	case boot:
-		if o, err = a.filesOf(ctx, m, o); err != nil {
-			return err
-		}
-		defer os.RemoveAll(o.image.Dir)
 		init.EnvVars = over(im.EnvVars, init.EnvVars)
+		return a.bootFromMemory(ctx, m, o, init, loads)
+	case loads != nil:
+		return loads
 	case len(init.EnvVars) > 0:
 		init.EnvVars = over(im.EnvVars, init.EnvVars)
 	default:
 		init.EnvVars = nil // the guest agent has them
 	}
+	return a.runFrom(ctx, m, o, init)
+}
+
+// bootFromMemory starts m from the files of an image with memory; loads is nil if that
+// memory can be loaded. Where it cannot, the runtime may have the files without it.
+func (a *Agent) bootFromMemory(ctx context.Context, m *managed, o origin, init guest.InitRequest, loads error) error {
+	err := loads
+	if err == nil {
+		var files origin
+		if files, err = a.filesOf(ctx, m, o); err == nil {
+			defer os.RemoveAll(files.image.Dir)
+			return a.runFrom(ctx, m, files, init)
+		}
+	}
+	if !errors.Is(err, sandbox.ErrInvalid) {
+		return err
+	}
+	a.log.Warn("a sandbox starts from its disk as it was; what it had not written there is lost", "sandbox", m.id, "err", err)
+	o.image.Kind, o.token, o.guestInit = runtime.ImageFiles, "", a.cfg.GuestInit
+	if direct := a.runFrom(ctx, m, o, init); !errors.Is(direct, sandbox.ErrInvalid) {
+		return direct
+	}
+	return err // of a runtime that has no disk without the memory
+}
+
+// runFrom is runNew for an origin that has resources and a guest agent of its own.
+func (a *Agent) runFrom(ctx context.Context, m *managed, o origin, init guest.InitRequest) error {
 	m.mu.Lock()
 	m.rec.Resources, m.rec.GuestInit = o.resources, filepath.Base(o.guestInit)
 	m.mu.Unlock()

@@ -126,6 +126,22 @@ func writeImage(dir string, m manifest) (image, error) {
 	return im, errors.Join(syncPath(filepath.Join(dir, manifestFile)), syncPath(dir))
 }
 
+// loads refuses an image whose memory this version of the engine does not load, or
+// not without the guest agent's binary, which the memory refers to.
+func (im image) loads(rt runtime.Runtime, guestInit string) error {
+	if im.Kind != runtime.ImageMemory {
+		return nil
+	}
+	if _, err := os.Stat(guestInit); err != nil {
+		return &sandbox.Error{Kind: sandbox.ErrInvalid, Message: "the image cannot be loaded: its guest agent is gone from this host; let the sandbox start anew from its files (wrenn sandbox resume --cold)", Cause: err}
+	}
+	if rt.Loads(im.RuntimeVersion) {
+		return nil
+	}
+	return sandbox.Errorf(sandbox.ErrInvalid, "the image was made by %s %s and cannot be loaded by %s %s: start the platform with what made it, or let the sandbox start anew from its files (wrenn sandbox resume --cold)",
+		im.Runtime, im.RuntimeVersion, rt.Name(), rt.Version())
+}
+
 // openImage reads an image and checks that it is whole and of this engine. What
 // it refuses is sandbox.ErrInvalid with words for the user, and what is not there
 // sandbox.ErrNotFound.
@@ -140,10 +156,6 @@ func openImage(dir string, rt runtime.Runtime) (image, error) {
 	}
 	if err := json.Unmarshal(data, &im.manifest); err != nil {
 		return im, &sandbox.Error{Kind: sandbox.ErrInvalid, Message: "the image is damaged: its manifest cannot be read", Cause: err}
-	}
-	if im.Kind == runtime.ImageMemory && (im.Runtime != rt.Name() || im.RuntimeVersion != rt.Version()) {
-		return im, sandbox.Errorf(sandbox.ErrInvalid, "the image was made by %s %s and cannot be loaded by %s %s: start the platform with the version of wrenn that made it",
-			im.Runtime, im.RuntimeVersion, rt.Name(), rt.Version())
 	}
 	if im.Runtime != rt.Name() {
 		return im, sandbox.Errorf(sandbox.ErrInvalid, "the image was made by %s and cannot be loaded by %s", im.Runtime, rt.Name())

@@ -17,8 +17,12 @@ type Runtime interface {
 	// Name is the runtime's name in records, metrics and the API: "gvisor".
 	Name() string
 
-	// Version identifies the engine; images of one version may not load in another.
+	// Version identifies the engine, and what else new instances are made of.
 	Version() string
+
+	// Loads says whether an image of memory loads here that was made under this
+	// version.
+	Loads(version string) bool
 
 	// Probe says by a functional test whether the runtime can run here. The
 	// error says what is missing and what to do about it.
@@ -36,7 +40,9 @@ type Runtime interface {
 	// not, at the latest once the guest agent has been told (/init): a guest with a
 	// kernel of its own closes them then, and takes its Hostname; with ImageFiles its init starts anew on the files of the image. cfg is
 	// that of the instance the image was taken of but for ID, Dir, Slot and
-	// Hostname. The image is only read, and may be restored from many times, also
+	// Hostname. An image of memory is taken as one of files where the runtime keeps
+	// the files apart, whatever version it is of: as after a loss of power, without
+	// what the guest had not handed to its disk. The image is only read, and may be restored from many times, also
 	// at once. A failed Restore leaves nothing, as Create does. An image that is
 	// damaged, or of another version of the engine, gives sandbox.ErrInvalid.
 	Restore(ctx context.Context, cfg Config, image Image) (Instance, error)

@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -107,6 +109,32 @@ func TestVirtualMachines(t *testing.T) {
 		b.kill()
 	})
 	t.Run("no other runtime takes them for lost", func(t *testing.T) { otherRuntimesStayAway(t, p) })
+	t.Run("a paused sandbox keeps its kernel when there is another", func(t *testing.T) { keepsItsKernel(t, p) })
+	t.Run("what no monitor loads any more starts from its disk", func(t *testing.T) {
+		b := p.create(nil)
+		b.run("echo 7 > /root/kept; sync")
+		b.pause()
+		image := filepath.Join(p.dir, "agent", "sandboxes", b.id, "image")
+		// Of the same length: each knows the size of the other.
+		for _, name := range []string{"manifest.json", "machine.json"} {
+			path := filepath.Join(image, name)
+			data, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, regexp.MustCompile(`ersion":"[0-9]`).ReplaceAll(data, []byte(`ersion":"0`)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if status, answer := p.api("POST", "/sandboxes/"+b.id+"/connect", map[string]any{"timeout": 300}); status != 409 || !strings.Contains(string(answer), "--cold") {
+			t.Errorf("resume: %d %s", status, answer)
+		}
+		b.do("POST", "/connect", map[string]any{"timeout": 300, "memory": false}, 201)
+		if got := b.run("cat /root/kept"); got != "7\n" {
+			t.Errorf("its disk has %q", got)
+		}
+		b.kill()
+	})
 	t.Run("a paused sandbox survives a reboot", func(t *testing.T) { pausedSurvivesReboot(t, p) })
 }
 
@@ -150,6 +178,48 @@ func otherRuntimesStayAway(t *testing.T, p *platform) {
 	p.end(syscall.SIGTERM)
 	p.flags = flags
 	p.start()
+}
+
+// keepsItsKernel makes another kernel the current one while a sandbox is paused.
+func keepsItsKernel(t *testing.T, p *platform) {
+	b := p.create(nil)
+	b.counter(8000)
+	before := b.count(8000)
+	b.pause()
+	p.end(syscall.SIGTERM)
+
+	kernels := filepath.Join(p.dir, "kernels")
+	shared, err := os.Readlink(kernels)
+	if err != nil {
+		t.Fatal(err)
+	}
+	current, err := os.Readlink(filepath.Join(shared, "current"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(kernels); err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(kernels, current+"-other")
+	if err := os.CopyFS(other, os.DirFS(filepath.Join(shared, current))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Base(other), filepath.Join(kernels, "current")); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		p.end(syscall.SIGTERM)
+		if err := errors.Join(os.RemoveAll(kernels), os.Symlink(shared, kernels)); err != nil {
+			t.Fatal(err)
+		}
+		p.start()
+	}()
+	p.start()
+	b.resume()
+	if got := b.count(8000); got != before+1 {
+		t.Errorf("the counter went from %d to %d", before, got)
+	}
+	b.kill()
 }
 
 // TestClientsUseVirtualMachines runs the suites of E2B's SDKs where the sandboxes are

@@ -178,6 +178,9 @@ func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (
 	return inst, nil
 }
 
+// Loads implements runtime.Runtime.
+func (r *Runtime) Loads(version string) bool { return version == r.Version() }
+
 // Compress implements runtime.Runtime.
 func (r *Runtime) Compress(context.Context, runtime.Image, string) error {
 	return errors.ErrUnsupported

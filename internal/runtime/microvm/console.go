@@ -22,6 +22,7 @@ const (
 	consoleKept  = 32 << 10
 	consoleRate  = 256 << 10 // bytes a second
 	consoleBurst = 64 << 10  // also what a pipe holds
+	drained      = 16        // bursts that are taken of an ended monitor: somebody else may write on
 )
 
 // makeConsole makes the two pipes of a machine's console.
@@ -46,14 +47,37 @@ type console struct {
 	mine bool     // by us
 }
 
-// openConsole opens the pipe. It is opened for writing as well, so that it is never
-// at its end.
-func openConsole(m Machine) (_ *console, err error) {
-	fd, err := unix.Open(m.Console(), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+// OpenConsole opens the pipe of a machine's console for both ways, without waiting for
+// another end. The directory is its monitor's, which may have put something else there:
+// that is refused before it is opened for what it is.
+func OpenConsole(m Machine) (*os.File, error) {
+	fd, err := unix.Open(m.Console(), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open console: %w", err)
 	}
-	c := &console{pipe: os.NewFile(uintptr(fd), m.Console())}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("open console: %w", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFIFO || st.Uid != m.UID {
+		return nil, fmt.Errorf("open console: %s is not the pipe that was made", m.Console())
+	}
+	pipe, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", fd), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open console: %w", err)
+	}
+	return os.NewFile(uintptr(pipe), m.Console()), nil
+}
+
+// openConsole opens the pipe. It is opened for writing as well, so that it is never
+// at its end.
+func openConsole(m Machine) (_ *console, err error) {
+	pipe, err := OpenConsole(m)
+	if err != nil {
+		return nil, err
+	}
+	c := &console{pipe: pipe}
 	if c.log, err = os.OpenFile(m.ConsoleLog(), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600); err != nil {
 		c.pipe.Close()
 		return nil, fmt.Errorf("open console: %w", err)
@@ -92,7 +116,7 @@ func (c *console) drain() {
 	}
 	buf := make([]byte, consoleBurst)
 	_ = conn.Control(func(fd uintptr) { // an error leaves the reason unknown
-		for {
+		for range drained {
 			n, err := unix.Read(int(fd), buf)
 			if n <= 0 || err != nil {
 				return

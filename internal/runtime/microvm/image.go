@@ -41,7 +41,8 @@ func (r *Runtime) readImage(image runtime.Image, m Machine) (manifest, error) {
 	if err != nil {
 		return of, fmt.Errorf("read image: %w", err)
 	}
-	if of.Kind != image.Kind {
+	// One with memory has the disk as well, as after a loss of power.
+	if of.Kind != image.Kind && image.Kind != runtime.ImageFiles {
 		return of, sandbox.Errorf(sandbox.ErrInvalid, "the image is damaged: it is one of %q and not of %q", of.Kind, image.Kind)
 	}
 	for name, size := range of.Files {
@@ -63,7 +64,7 @@ func (r *Runtime) readImage(image runtime.Image, m Machine) (manifest, error) {
 		return of, nil
 	}
 	switch {
-	case of.Runtime != r.Name() || of.Version != r.Version():
+	case of.Runtime != r.Name() || !r.Loads(of.Version):
 		return of, sandbox.Errorf(sandbox.ErrInvalid, "the image was made by %s %s and does not load in %s %s", of.Runtime, of.Version, r.Name(), r.Version())
 	case of.CPUs != m.CPUs || of.MemoryMiB != m.MemoryMiB:
 		return of, sandbox.Errorf(sandbox.ErrInvalid, "the image is of a machine with other resources")
@@ -88,10 +89,10 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 		return i.gone()
 	default:
 	}
-	if err := monitor.Pause(ctx, m); err != nil {
-		return i.orGone(err)
+	// A monitor that has not answered in time may be pausing all the same.
+	if err = monitor.Pause(ctx, m); err == nil {
+		err = i.write(ctx, image)
 	}
-	err = i.write(ctx, image)
 	if err == nil && pause {
 		return nil
 	}

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -73,9 +74,18 @@ func New(cfg Config) (*Runtime, error) {
 // Name implements runtime.Runtime.
 func (r *Runtime) Name() string { return r.cfg.Monitor.Name() }
 
-// Version implements runtime.Runtime: what an image of memory depends on is the
-// monitor and the guest's kernel, whose devices and memory are in it.
-func (r *Runtime) Version() string { return r.cfg.Monitor.Version() + "+linux-" + r.cfg.Kernel.Version }
+// Version implements runtime.Runtime: the monitor's and the kernel's of new machines.
+func (r *Runtime) Version() string {
+	return r.cfg.Monitor.Version() + kernelMark + r.cfg.Kernel.Name
+}
+
+const kernelMark = "+linux-"
+
+// Loads implements runtime.Runtime. What the guest's kernel was is in its memory.
+func (r *Runtime) Loads(version string) bool {
+	monitor, _, _ := strings.Cut(version, kernelMark)
+	return monitor == r.cfg.Monitor.Version()
+}
 
 // Probe implements runtime.Runtime.
 func (r *Runtime) Probe(ctx context.Context) error { return r.cfg.Monitor.Probe(ctx, r.cfg.Kernel) }

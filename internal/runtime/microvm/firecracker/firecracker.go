@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -98,7 +97,7 @@ func (f *Monitor) commandLine(words string) string {
 // launch starts Firecracker and waits until it answers. Its own seccomp filters are
 // on, as they are unless switched off.
 func (f *Monitor) launch(ctx context.Context, m microvm.Machine) (id process.ID, c *Client, err error) {
-	out, err := os.OpenFile(m.Console(), os.O_RDWR|unix.O_NONBLOCK, 0)
+	out, err := microvm.OpenConsole(m)
 	if err != nil {
 		return id, nil, err
 	}

@@ -9,8 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/memory"
 	"github.com/wrenn/wrenn/internal/memory/pager"
@@ -159,7 +157,7 @@ func (f *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error 
 	if err := copyFile(filepath.Join(to, stateName), filepath.Join(m.Run(), stateName), maxState, 0); err != nil {
 		return disk.Full(err)
 	}
-	file, err := openPlain(written)
+	file, err := microvm.OpenPlain(written)
 	if err != nil {
 		return err
 	}
@@ -217,7 +215,7 @@ func (f *Monitor) takeBase(m microvm.Machine) (*memory.Image, error) {
 // copyFile copies a file of no more than limit bytes, which may be one that a
 // Firecracker that was taken over has made.
 func copyFile(to, from string, limit int64, uid uint32) error {
-	src, err := openPlain(from)
+	src, err := microvm.OpenPlain(from)
 	if err != nil {
 		return err
 	}
@@ -231,22 +229,4 @@ func copyFile(to, from string, limit int64, uid uint32) error {
 		err = fmt.Errorf("%s has more than %d bytes", filepath.Base(from), limit)
 	}
 	return errors.Join(err, dst.Chown(int(uid), int(uid)), dst.Sync(), dst.Close())
-}
-
-// openPlain opens a file that is neither a link nor anything that could hold us up.
-func openPlain(path string) (*os.File, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	f := os.NewFile(uintptr(fd), path)
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no file", path)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
 }

@@ -12,8 +12,6 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/memory"
 	"github.com/wrenn/wrenn/internal/process"
@@ -177,11 +175,10 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // saveState copies the state of the devices, with a checksum of it behind.
 func saveState(to, from string) error {
-	fd, err := unix.Open(from, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	f, err := microvm.OpenPlain(from)
 	if err != nil {
 		return fmt.Errorf("read the state of the devices: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), from)
 	defer f.Close()
 	state, err := io.ReadAll(io.LimitReader(f, maxState+1))
 	if err != nil {

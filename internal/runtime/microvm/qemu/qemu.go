@@ -18,8 +18,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/wrenn/wrenn/internal/process"
 	"github.com/wrenn/wrenn/internal/runtime/microvm"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/jail"
@@ -109,7 +107,7 @@ func (q *Monitor) start(ctx context.Context, m microvm.Machine, memory, state *o
 		return id, err
 	}
 	defer listener.Close()
-	out, err := os.OpenFile(m.Console(), os.O_RDWR|unix.O_NONBLOCK, 0)
+	out, err := microvm.OpenConsole(m)
 	if err != nil {
 		return id, err
 	}

@@ -38,6 +38,12 @@ type event struct {
 	Data  json.RawMessage `json:"data"`
 }
 
+// What a QEMU that was taken over may cost its host.
+const (
+	maxMessage = 1 << 20 // bytes
+	maxEvents  = 256     // that wait for somebody to ask
+)
+
 // commandTime bounds commands that only turn a switch.
 const commandTime = 10 * time.Second
 
@@ -54,13 +60,15 @@ func dial(ctx context.Context, dir, name string) (_ *qmp, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to qemu: %w", err)
 	}
-	q := &qmp{conn: conn, in: bufio.NewReader(conn)}
+	q := &qmp{conn: conn, in: bufio.NewReaderSize(conn, maxMessage)}
 	defer func() {
 		if err != nil {
 			q.close()
 		}
 	}()
-	err = q.during(ctx, func() error {
+	greet, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
+	err = q.during(greet, func() error {
 		m, err := q.read()
 		if err == nil && m.Greeting == nil {
 			err = errors.New("it does not greet")
@@ -88,11 +96,19 @@ func (q *qmp) during(ctx context.Context, f func() error) error {
 
 func (q *qmp) read() (message, error) {
 	var m message
-	line, err := q.in.ReadBytes('\n')
+	line, err := q.in.ReadSlice('\n')
 	if err != nil {
 		return m, err
 	}
 	return m, json.Unmarshal(line, &m)
+}
+
+func (q *qmp) keep(e event) error {
+	if len(q.events) == maxEvents {
+		return errors.New("it sends events without end")
+	}
+	q.events = append(q.events, e)
+	return nil
 }
 
 // do executes a command. Its result is read into result unless that is nil.
@@ -120,7 +136,9 @@ func (q *qmp) long(ctx context.Context, command string, args, result any) error 
 			if m, err = q.read(); err != nil || m.Return != nil || m.Error != nil {
 				return err
 			}
-			q.events = append(q.events, m.event)
+			if err := q.keep(m.event); err != nil {
+				return err
+			}
 		}
 	})
 	switch {
@@ -148,10 +166,12 @@ func (q *qmp) await(ctx context.Context, accept func(event) bool) error {
 				}
 			}
 			m, err := q.read()
+			if err == nil {
+				err = q.keep(m.event)
+			}
 			if err != nil {
 				return err
 			}
-			q.events = append(q.events, m.event)
 		}
 	})
 }
