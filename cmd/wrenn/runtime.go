@@ -97,7 +97,9 @@ func tryFirecracker(ctx context.Context, dir dataDir) error {
 const jailerVariable = "WRENN_JAILER"
 
 func newFirecracker(ctx context.Context, dir dataDir) (*firecracker.Monitor, error) {
-	return firecracker.New(ctx, firecracker.Config{Data: string(dir), Pager: dir.pager, Jailer: os.Getenv(jailerVariable)})
+	return firecracker.New(ctx, firecracker.Config{
+		Data: string(dir), Pager: dir.pager, PagerSocket: dir.pagerSocket(), Jailer: os.Getenv(jailerVariable),
+	})
 }
 
 // pager connects to the pager of this data directory, and starts it if need be.

@@ -76,6 +76,9 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 			return m, removeImage(m.imageDir())
 		case errors.Is(err, sandbox.ErrNotFound):
 			reason = "the sandbox ended while the host agent was down"
+			if gone := new(sandbox.Error); errors.As(err, &gone) && gone.Cause != nil {
+				reason += ": " + gone.Cause.Error()
+			}
 			if rec.State == sandbox.Pausing && a.wasPaused(m) {
 				return m, nil
 			}

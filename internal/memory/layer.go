@@ -58,7 +58,7 @@ func openLayer(path string, ref layerRef) (*Layer, error) {
 	l := &Layer{ref: ref, file: file, content: content}
 	if size != l.Size()+int64(ref.blocks)*4+footerSize {
 		file.Close()
-		return nil, damaged("layer %s has %d bytes", file.Name(), size)
+		return nil, damaged("layer %s has %d bytes", ref.fileName(), size)
 	}
 	return l, nil
 }
@@ -95,7 +95,7 @@ func (l *Layer) readSums() ([]byte, error) {
 	}
 	sums, footer := b[:len(b)-footerSize], b[len(b)-footerSize:]
 	if string(footer) != string(layerFooter(l.ref.blocks, crc32.Checksum(sums, castagnoli))) {
-		return nil, damaged("the checksums of layer %s are not those written", l.file.Name())
+		return nil, damaged("the checksums of layer %s are not those written", l.ref.fileName())
 	}
 	return sums, nil
 }
@@ -107,7 +107,7 @@ func (l *Layer) Check(p []byte, at int64) error {
 	}
 	for i := at / BlockSize; len(p) > 0; i, p = i+1, p[BlockSize:] {
 		if crc32.Checksum(p[:BlockSize], castagnoli) != binary.LittleEndian.Uint32(l.sums[i*4:]) {
-			return damaged("block %d of layer %s is not what was written", i, l.file.Name())
+			return damaged("block %d of layer %s is not what was written", i, l.ref.fileName())
 		}
 	}
 	return nil
@@ -116,7 +116,7 @@ func (l *Layer) Check(p []byte, at int64) error {
 func (l *Layer) read(p []byte, at int64) error {
 	if _, err := l.content.ReadAt(p, at); err != nil {
 		if errors.Is(err, io.EOF) {
-			return damaged("layer %s has become shorter", l.file.Name())
+			return damaged("layer %s has become shorter", l.ref.fileName())
 		}
 		return fmt.Errorf("read layer: %w", err)
 	}

@@ -56,8 +56,9 @@ type Runtime interface {
 
 	// Adopt finds the instance again that an earlier process of the agent
 	// created, from what its State returned. sandbox.ErrNotFound means it is not
-	// running any more, sandbox.ErrInvalid that the state is not what State
-	// returned; then Discard frees what is left of it.
+	// running any more, with the reason as its cause where that is known, and
+	// sandbox.ErrInvalid that the state is not what State returned; then Discard
+	// frees what is left of it.
 	Adopt(ctx context.Context, id sandbox.ID, state json.RawMessage) (Instance, error)
 
 	// Discard frees everything that an instance of this id may have left on the

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -71,6 +73,23 @@ func Start(ctx context.Context, socket string, command []string, log *os.File) (
 		return nil, fmt.Errorf("start pager: it says %q", line)
 	}
 	return Dial(ctx, socket)
+}
+
+// Drop has the pager at socket forget a virtual machine, which has ended. It may know
+// nothing of it, and there may be no pager.
+func Drop(ctx context.Context, socket, id string) error {
+	c, err := Dial(ctx, socket)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if _, err := c.Remove(ctx, id); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+		return err
+	}
+	return nil
 }
 
 // Close lets go of the pager, which goes on.

@@ -13,17 +13,23 @@ import (
 // the next pager can end those whose pager was killed: they hang.
 func monitorsFile(socket string) string { return socket + ".monitors" }
 
+// noted is a monitor of the list.
+type noted struct {
+	process.ID
+	ReasonFile string `json:"reason_file,omitempty"`
+}
+
 // noteMonitors writes the list again. mu is not held.
 func (p *Pager) noteMonitors() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	ids := []process.ID{}
+	all := []noted{}
 	for _, a := range p.vms {
 		if st := a.status(); st.State != StateEnded && st.Monitor.PID != 0 {
-			ids = append(ids, st.Monitor)
+			all = append(all, noted{st.Monitor, st.ReasonFile})
 		}
 	}
-	b, err := json.Marshal(ids)
+	b, err := json.Marshal(all)
 	if err != nil {
 		return fmt.Errorf("note monitors: %w", err)
 	}
@@ -47,18 +53,18 @@ func (p *Pager) endOrphans() error {
 	if err != nil {
 		return fmt.Errorf("find monitors without a pager: %w", err)
 	}
-	var ids []process.ID
-	if err := json.Unmarshal(b, &ids); err != nil {
+	var all []noted
+	if err := json.Unmarshal(b, &all); err != nil {
 		return fmt.Errorf("find monitors without a pager: %w", err)
 	}
-	for _, id := range ids {
-		h, err := id.Open()
+	for _, m := range all {
+		h, err := m.Open()
 		if errors.Is(err, os.ErrProcessDone) {
 			continue
 		}
 		if err == nil {
-			p.log.Warn("ending a virtual machine whose pager was killed", "pid", id.PID)
-			err = h.Kill()
+			p.log.Warn("ending a virtual machine whose pager was killed", "pid", m.PID)
+			err = errors.Join(writeReason(m.ReasonFile, "its pager was killed"), h.Kill())
 			h.Close()
 		}
 		if err != nil {

@@ -392,13 +392,16 @@ func TestDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	vm := f.vm("a")
+	vm.ReasonFile = f.dir + "/reason"
 	m := f.monitor(t, vm, "touch", 2, false)
 	var exit *exec.ExitError
 	if err := m.cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		t.Errorf("the monitor ends with %v, want it killed", err)
 	}
-	if st := f.ends(t, "a"); !strings.Contains(st.Reason, "damaged") {
-		t.Errorf("the reason is %q", st.Reason)
+	// It is there when the monitor has ended, at the latest.
+	why, err := os.ReadFile(vm.ReasonFile)
+	if st := f.ends(t, "a"); !strings.Contains(st.Reason, "damaged") || string(why) != st.Reason {
+		t.Errorf("the reason is %q, and in the file %q (%v)", st.Reason, why, err)
 	}
 }
 
@@ -528,7 +531,9 @@ func TestProtocol(t *testing.T) {
 func TestOrphans(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, 16, 1, nil)
-	m := f.monitor(t, f.vm("a"), "script", 1, false)
+	vm := f.vm("a")
+	vm.ReasonFile = f.dir + "/reason"
+	m := f.monitor(t, vm, "script", 1, false)
 	m.ask(t, "read 1")
 	// What a pager that was killed leaves behind.
 	list, err := os.ReadFile(monitorsFile(f.dir + "/pager"))
@@ -547,5 +552,29 @@ func TestOrphans(t *testing.T) {
 	var exit *exec.ExitError
 	if err := m.cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		t.Errorf("the monitor ends with %v, want it killed", err)
+	}
+	if why, err := os.ReadFile(vm.ReasonFile); err != nil || string(why) != "its pager was killed" {
+		t.Errorf("the reason is %q (%v)", why, err)
+	}
+}
+
+// TestDrop forgets a virtual machine at a pager that may know nothing of it, or not
+// be there.
+func TestDrop(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, 16, 1, nil)
+	if err := f.client.Register(t.Context(), f.vm("a")); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := Drop(t.Context(), f.dir+"/pager", "a"); err != nil {
+			t.Error(err)
+		}
+	}
+	if all, err := f.client.List(t.Context()); err != nil || len(all) != 0 {
+		t.Errorf("there is %+v (%v)", all, err)
+	}
+	if err := Drop(t.Context(), f.dir+"/nobody", "a"); err != nil {
+		t.Error(err)
 	}
 }

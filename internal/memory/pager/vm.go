@@ -31,6 +31,11 @@ type VM struct {
 	Socket string `json:"socket"` // where its monitor will connect; the pager makes it
 	UID    int    `json:"uid"`    // the user that the monitor runs as
 
+	// ReasonFile is written before the monitor is ended, and says why: whoever sees
+	// its end finds the reason there, also when the pager knows nothing of it any
+	// more. The monitor cannot write where it is.
+	ReasonFile string `json:"reason_file,omitempty"`
+
 	// WorkingSet is a file with the pages that are put in before they are asked for.
 	// Where it is missing or Record is set, it is written: after RecordFor, at
 	// FinishRecording, or at the end.
@@ -140,11 +145,22 @@ func (a *attachment) run(ctx context.Context) {
 	if m == nil {
 		return
 	}
+	if err := writeReason(a.vm.ReasonFile, reason); err != nil {
+		a.log.Error("nobody is told why a virtual machine ends", "err", err)
+	}
 	// A monitor whose memory nobody serves would hang for ever.
 	if err := m.process.Kill(); err != nil {
 		a.log.Error("cannot end a virtual machine", "err", err)
 	}
 	m.close()
+}
+
+// writeReason leaves the reason for the end of a monitor, which still runs.
+func writeReason(path, reason string) error {
+	if path == "" || reason == "" {
+		return nil
+	}
+	return os.WriteFile(path, []byte(reason), 0o600)
 }
 
 // accept waits for the monitor and takes what it hands over. A monitor that was

@@ -106,6 +106,9 @@ func (i *instance) explain() runtime.Exit {
 	i.mu.Lock()
 	stopped := i.stopping
 	i.mu.Unlock()
+	if why := EndReason(i.state.Machine); why != "" {
+		return runtime.Exit{Reason: "the sandbox's machine was ended: " + why}
+	}
 	switch {
 	case i.rt.cgroups.OutOfMemory(i.state.Machine.Group):
 		return outOfMemory(i.state.Resources.MemoryMiB)
@@ -194,7 +197,7 @@ func (i *instance) free(ctx context.Context) error {
 	if i.endCompaction != nil {
 		i.endCompaction() // it writes where is removed
 	}
-	return free(ctx, i.rt.cgroups, i.rt.cfg.Tag, i.id, i.state.Machine.Dir)
+	return i.rt.free(ctx, i.id, i.state.Machine.Dir)
 }
 
 // Stats implements runtime.Instance.

@@ -2,6 +2,8 @@ package microvm
 
 import (
 	"context"
+	"io"
+	"os"
 	"path/filepath"
 
 	"github.com/wrenn/wrenn/internal/cgroup"
@@ -44,6 +46,10 @@ type Monitor interface {
 	// Save writes what a paused machine has in its devices and its memory into the
 	// directory to. The machine stays paused. A full disk is sandbox.ErrExhausted.
 	Save(ctx context.Context, m Machine, to string) error
+
+	// Ended is told that a machine of this id is no more, however far it came, so
+	// that what is kept of it outside its directory is dropped. It may be repeated.
+	Ended(ctx context.Context, id sandbox.ID) error
 }
 
 // Machine is a virtual machine, as far as its monitor has to know it.
@@ -85,6 +91,25 @@ func (m Machine) ConsoleLog() string { return filepath.Join(m.Dir, "console.log"
 // Jail is an empty directory for the monitor's root directory to be mounted on.
 func (m Machine) Jail() string { return filepath.Join(m.Dir, "jail") }
 
+// Reason is a file that says why the machine was ended by another process than the
+// agent's, which writes it before; the monitor cannot.
+func (m Machine) Reason() string { return filepath.Join(m.Dir, "reason") }
+
+// EndReason is what Reason says; empty: nothing.
+func EndReason(m Machine) string {
+	f, err := os.Open(m.Reason())
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	const longest = 4 << 10
+	why, err := io.ReadAll(io.LimitReader(f, longest))
+	if err != nil {
+		return ""
+	}
+	return string(why)
+}
+
 // Base is the directory in which the machine keeps what it needs of the image it
 // was loaded from: the layers that the next image of its memory refers to.
 func (m Machine) Base() string { return filepath.Join(m.Dir, "base") }
@@ -101,4 +126,4 @@ const ConsoleName = "console"
 
 // The monitor makes no other files directly in Dir than these, so that what is left
 // of an instance can be removed without knowing more of it.
-var instanceFiles = []string{diskFile, "run", "jail", "base", "console.log"}
+var instanceFiles = []string{diskFile, "run", "jail", "base", "console.log", "reason"}

@@ -137,7 +137,11 @@ func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (
 	}
 	inst, err := r.open(st)
 	if errors.Is(err, os.ErrProcessDone) {
-		return nil, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", id)
+		gone := &sandbox.Error{Kind: sandbox.ErrNotFound, Message: fmt.Sprintf("sandbox %s is not running any more", id)}
+		if why := EndReason(st.Machine); why != "" {
+			gone.Cause = errors.New(why)
+		}
+		return nil, gone
 	}
 	if err != nil {
 		return nil, fmt.Errorf("adopt sandbox %s: %w", id, err)
@@ -156,7 +160,7 @@ func (r *Runtime) Discard(ctx context.Context, id sandbox.ID, raw json.RawMessag
 			r.cfg.Log.Warn("discarding without the recorded state", "sandbox", id, "err", err)
 		}
 	}
-	if err := free(ctx, r.cgroups, r.cfg.Tag, id, st.Machine.Dir); err != nil {
+	if err := r.free(ctx, id, st.Machine.Dir); err != nil {
 		return fmt.Errorf("discard sandbox %s: %w", id, err)
 	}
 	return nil
@@ -165,6 +169,17 @@ func (r *Runtime) Discard(ctx context.Context, id sandbox.ID, raw json.RawMessag
 // teardownTime bounds a clean-up: processes end in milliseconds, so this is
 // only reached when the host is in deep trouble.
 const teardownTime = 30 * time.Second
+
+// free frees an instance, and tells the monitor.
+func (r *Runtime) free(ctx context.Context, id sandbox.ID, dir string) error {
+	if err := free(ctx, r.cgroups, r.cfg.Tag, id, dir); err != nil {
+		return err
+	}
+	if err := r.cfg.Monitor.Ended(ctx, id); err != nil { // takes some memory, and no more
+		r.cfg.Log.Warn("the end of a machine is not told", "sandbox", id, "err", err)
+	}
+	return nil
+}
 
 // free ends and removes everything that an instance of this id may have on the
 // host, however much of it is there. dir may be empty when it is not known.

@@ -52,7 +52,7 @@ func (r *Runtime) start(ctx context.Context, cfg runtime.Config, image *runtime.
 	if err != nil {
 		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
 		defer cancel()
-		if ferr := free(cleanup, r.cgroups, r.cfg.Tag, cfg.ID, cfg.Dir); ferr != nil {
+		if ferr := r.free(cleanup, cfg.ID, cfg.Dir); ferr != nil {
 			r.cfg.Log.Error("failed start left something", "sandbox", cfg.ID, "err", ferr)
 		}
 		if ctx.Err() != nil {
@@ -150,6 +150,9 @@ func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime
 		m.PID, err = r.cfg.Monitor.Boot(ctx, m)
 	}
 	if err != nil {
+		if why := EndReason(m); why != "" {
+			err = errors.Join(errors.New("the machine was ended: "+why), err)
+		}
 		return nil, err
 	}
 	st.Machine = m

@@ -412,7 +412,7 @@ func TestLoadRefuses(t *testing.T) {
 }
 
 // startPager runs the real pager, in this process.
-func startPager(t *testing.T) *pager.Client {
+func startPager(t *testing.T) (*pager.Client, string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	socket, ready, served := filepath.Join(t.TempDir(), "pager.sock"), make(chan struct{}), make(chan error, 1)
@@ -435,7 +435,15 @@ func startPager(t *testing.T) *pager.Client {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = client.Close() })
-	return client
+	return client, socket
+}
+
+// throughPager has memory come from the pager at socket.
+func throughPager(socket string) firecracker.Config {
+	return firecracker.Config{
+		Pager:       func(ctx context.Context) (*pager.Client, error) { return pager.Dial(ctx, socket) },
+		PagerSocket: socket,
+	}
 }
 
 // The memory comes through the real pager, over a real userfaultfd.
@@ -443,7 +451,8 @@ func TestLoadThroughPager(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("userfaultfd for faults of the kernel needs root")
 	}
-	ctx, client := t.Context(), startPager(t)
+	ctx := t.Context()
+	client, _ := startPager(t)
 	eachVersion(t, func(t *testing.T, version string) {
 		v := start(t, version)
 		v.boot(t)

@@ -47,8 +47,10 @@ func TestConformance(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client := startPager(t)
-	m, err := firecracker.New(t.Context(), firecracker.Config{Binary: binary, Data: t.TempDir(), Pager: always(client)})
+	_, socket := startPager(t)
+	cfg := throughPager(socket)
+	cfg.Binary, cfg.Data = binary, t.TempDir()
+	m, err := firecracker.New(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,8 +23,10 @@ type Config struct {
 	Binary string // empty: firecracker of PATH; FIRECRACKER_BIN says which in tests
 	Jailer string // empty: one beside Binary, or of PATH, or none; NoJailer: none
 	Data   string // directory in which the verdict of Probe is kept
-	// Pager gives the pager that memory comes from; nil: memory comes out of files.
-	Pager func(context.Context) (*pager.Client, error)
+	// Pager connects to the pager that memory comes from, and starts it if need be;
+	// nil: memory comes out of files. It listens at PagerSocket.
+	Pager       func(context.Context) (*pager.Client, error)
+	PagerSocket string
 }
 
 // Monitor drives Firecracker. It implements microvm.Monitor.

@@ -100,24 +100,20 @@ func (f *Monitor) throughPager(ctx context.Context, m microvm.Machine, saved str
 	if err != nil {
 		return b, nil, err
 	}
-	// Nobody tells the pager that a machine has been cleaned up; so here.
-	known, err := p.List(ctx)
-	if err != nil {
-		return b, nil, err
-	}
-	for _, vm := range known {
-		if vm.State != pager.StateEnded {
-			continue
-		}
-		if _, err := p.Remove(ctx, vm.ID); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
-			return b, nil, err
-		}
-	}
+	defer p.Close()
 	err = p.Register(ctx, pager.VM{
 		ID: string(m.ID), Image: m.Base(), Socket: filepath.Join(m.Run(), uffdName), UID: int(m.UID),
-		WorkingSet: filepath.Join(saved, workingSet),
+		WorkingSet: filepath.Join(saved, workingSet), ReasonFile: m.Reason(),
 	})
 	return MemoryBackend{Kind: Uffd, Path: runDir + "/" + uffdName}, func() {}, err
+}
+
+// Ended implements microvm.Monitor.
+func (f *Monitor) Ended(ctx context.Context, id sandbox.ID) error {
+	if f.cfg.PagerSocket == "" {
+		return nil
+	}
+	return pager.Drop(ctx, f.cfg.PagerSocket, string(id))
 }
 
 // damaged gives an error about what is in an image its kind.

@@ -19,7 +19,6 @@ import (
 
 	"github.com/wrenn/wrenn/internal/cgroup"
 	"github.com/wrenn/wrenn/internal/memory"
-	"github.com/wrenn/wrenn/internal/memory/pager"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/process"
 	"github.com/wrenn/wrenn/internal/runtime/microvm"
@@ -302,20 +301,22 @@ func (s *site) lives(t *testing.T, f *firecracker.Monitor, version, image string
 	wantCount(t, save(t, f, m), 5, 1)
 }
 
-func always(c *pager.Client) func(context.Context) (*pager.Client, error) {
-	return func(context.Context) (*pager.Client, error) { return c, nil }
-}
-
-func TestMonitorThroughPager(t *testing.T) { eachJail(t, testMonitorThroughPager) }
-
-func testMonitorThroughPager(t *testing.T, s *site) {
+// needFaultsServed skips where programs without rights have no faults served.
+func needFaultsServed(t *testing.T) {
+	t.Helper()
 	if _, err := os.Stat("/dev/userfaultfd"); err != nil {
 		if all, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd"); err != nil || string(all) != "1\n" {
 			t.Skip("page faults of the kernel are not served for programs without rights on this host")
 		}
 	}
-	client := startPager(t)
-	f := s.monitor(t, "1.15.1", firecracker.Config{Pager: always(client)})
+}
+
+func TestMonitorThroughPager(t *testing.T) { eachJail(t, testMonitorThroughPager) }
+
+func testMonitorThroughPager(t *testing.T, s *site) {
+	needFaultsServed(t)
+	_, socket := startPager(t)
+	f := s.monitor(t, "1.15.1", throughPager(socket))
 	m := s.machine(t)
 	if _, err := f.Boot(t.Context(), m); err != nil {
 		t.Fatal(err)

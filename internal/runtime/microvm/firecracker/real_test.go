@@ -107,7 +107,8 @@ func testReal(t *testing.T, s *site) {
 		t.Run(source, func(t *testing.T) {
 			cfg := firecracker.Config{}
 			if source == "from the pager" {
-				cfg.Pager = always(startPager(t))
+				_, socket := startPager(t)
+				cfg = throughPager(socket)
 			}
 			f, m := s.monitor(t, "", cfg), s.realMachine(t)
 			id, err := f.Boot(t.Context(), m)

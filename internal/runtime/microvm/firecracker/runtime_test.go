@@ -5,6 +5,8 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/wrenn/wrenn/internal/network"
@@ -27,28 +29,10 @@ func TestLifeWithoutGuest(t *testing.T) { eachJail(t, testLifeWithoutGuest) }
 func TestRealLife(t *testing.T) { eachRealJail(t, testLifeWithoutGuest) }
 
 func testLifeWithoutGuest(t *testing.T, s *site) {
-	disks, root, vmlinux := t.TempDir(), t.TempDir(), readable(t)
-	if s.real != "" {
-		vmlinux = guestKernel(t)
-	}
-	open := func() *microvm.Runtime {
-		rt, err := microvm.New(microvm.Config{
-			Monitor: s.monitor(t, "1.15.1", firecracker.Config{}), Disks: disks, Tag: tag, Log: slog.New(slog.DiscardHandler),
-			Kernel: kernel.Kernel{Name: "test", Version: "1", Vmlinux: vmlinux, Initramfs: readable(t)},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return rt
-	}
-	config := func(id sandbox.ID) runtime.Config {
-		return runtime.Config{
-			ID: id, RootFS: root, Dir: t.TempDir(), GuestInit: s.binary, Slot: s.slot(t), Hostname: "box",
-			Resources: sandbox.Resources{CPUs: 1, MemoryMiB: 64, DiskMiB: 64, PIDs: 100},
-		}
-	}
+	disks := t.TempDir()
+	open := func() *microvm.Runtime { return s.runtime(t, disks, firecracker.Config{}) }
 	first := open()
-	started, err := first.Create(t.Context(), config(startedID))
+	started, err := first.Create(t.Context(), s.config(t, startedID))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +58,7 @@ func testLifeWithoutGuest(t *testing.T, s *site) {
 	if err := inst.Snapshot(t.Context(), image, true); err != nil {
 		t.Fatal(err)
 	}
-	clone, err := rt.Restore(t.Context(), config(cloneID), image)
+	clone, err := rt.Restore(t.Context(), s.config(t, cloneID), image)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,6 +80,146 @@ func testLifeWithoutGuest(t *testing.T, s *site) {
 	}
 	for _, left := range append(leftovers(t, startedID), leftovers(t, cloneID)...) {
 		t.Error("left:", left)
+	}
+}
+
+func (s *site) runtime(t *testing.T, disks string, cfg firecracker.Config) *microvm.Runtime {
+	t.Helper()
+	vmlinux := readable(t)
+	if s.real != "" {
+		vmlinux = guestKernel(t)
+	}
+	rt, err := microvm.New(microvm.Config{
+		Monitor: s.monitor(t, "1.15.1", cfg), Disks: disks, Tag: tag, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Kernel: kernel.Kernel{Name: "test", Version: "1", Vmlinux: vmlinux, Initramfs: readable(t)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rt
+}
+
+func (s *site) config(t *testing.T, id sandbox.ID) runtime.Config {
+	t.Helper()
+	return runtime.Config{
+		ID: id, RootFS: t.TempDir(), Dir: t.TempDir(), GuestInit: s.binary, Slot: s.slot(t), Hostname: "box",
+		Resources: sandbox.Resources{CPUs: 1, MemoryMiB: 64, DiskMiB: 64, PIDs: 100},
+	}
+}
+
+// TestDamagedUnderGuest damages a layer of a machine that runs. When the guest comes
+// to the damaged page the machine ends, and its end says why, to the agent that is
+// there and to one that was not.
+func TestDamagedUnderGuest(t *testing.T) { eachJail(t, testDamagedUnderGuest) }
+
+func testDamagedUnderGuest(t *testing.T, s *site) {
+	needFaultsServed(t)
+	client, socket := startPager(t)
+	disks := t.TempDir()
+	rt := s.runtime(t, disks, throughPager(socket))
+	defer rt.Close()
+	started, err := rt.Create(t.Context(), s.config(t, startedID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 { // counts to 4
+		goOn(t, started)
+	}
+	image := runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}
+	if err := started.Snapshot(t.Context(), image, true); err != nil {
+		t.Fatal(err)
+	}
+	cfg := s.config(t, cloneID)
+	clone, err := rt.Restore(t.Context(), cfg, image) // counts to 5, and looks back at 2
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := started.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	damageAll(t, image.Dir)
+	// Counts to 6, and looks back at 3.
+	if err := goOn(t, clone); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("a machine goes on without its memory: %v", err)
+	}
+	<-clone.Done()
+	if why := clone.Exit().Reason; !strings.Contains(why, "memory image is damaged: block ") {
+		t.Errorf("the end is explained by %q", why)
+	}
+	later := s.runtime(t, disks, throughPager(socket))
+	defer later.Close()
+	if _, err := later.Adopt(t.Context(), cloneID, clone.State()); !errors.Is(err, sandbox.ErrNotFound) || !strings.Contains(err.Error(), "damaged: block ") {
+		t.Errorf("a later agent is told: %v", err)
+	}
+	if _, err := client.Status(t.Context(), cloneID); err != nil {
+		t.Errorf("the pager forgets it before it is freed: %v", err)
+	}
+	if err := later.Discard(t.Context(), cloneID, clone.State()); err != nil {
+		t.Error(err)
+	}
+	if st, err := client.Status(t.Context(), cloneID); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("the pager remembers it: %+v (%v)", st, err)
+	}
+	if left, err := os.ReadDir(cfg.Dir); err != nil || len(left) > 0 {
+		t.Errorf("left: %v (%v)", left, err)
+	}
+}
+
+// TestDamagedBeforeLoad restores from an image that fails at once.
+func TestDamagedBeforeLoad(t *testing.T) {
+	s := newSite(t)
+	needFaultsServed(t)
+	client, socket := startPager(t)
+	rt := s.runtime(t, t.TempDir(), throughPager(socket))
+	defer rt.Close()
+	started, err := rt.Create(t.Context(), s.config(t, startedID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}
+	if err := errors.Join(started.Snapshot(t.Context(), image, true), started.Stop(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	damageAll(t, image.Dir)
+	if _, err := rt.Restore(t.Context(), s.config(t, cloneID), image); err == nil || !strings.Contains(err.Error(), "damaged: block ") {
+		t.Errorf("a machine of damaged memory: %v", err)
+	}
+	if all, err := client.List(t.Context()); err != nil || len(all) > 0 {
+		t.Errorf("the pager has %+v (%v)", all, err)
+	}
+}
+
+// goOn pauses a machine and lets its guest go on.
+func goOn(t *testing.T, inst runtime.Instance) error {
+	t.Helper()
+	if err := inst.Snapshot(t.Context(), runtime.Image{Kind: runtime.ImageFiles, Dir: t.TempDir()}, true); err != nil {
+		t.Fatal(err)
+	}
+	return inst.Resume(t.Context())
+}
+
+// damageAll changes every block of an image's layers.
+func damageAll(t *testing.T, dir string) {
+	t.Helper()
+	layers, err := filepath.Glob(filepath.Join(dir, "memory-*.layer"))
+	if err != nil || len(layers) == 0 {
+		t.Fatal(layers, err)
+	}
+	for _, path := range layers {
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		info, err := f.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := int64(17); at < info.Size()/4096*4096; at += 4096 {
+			if _, err := f.WriteAt([]byte{0xee}, at); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
 

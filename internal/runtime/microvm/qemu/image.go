@@ -109,6 +109,9 @@ func (q *Monitor) load(ctx context.Context, m microvm.Machine) error {
 	return nil
 }
 
+// Ended implements microvm.Monitor: all of a machine is in its directory.
+func (*Monitor) Ended(context.Context, sandbox.ID) error { return nil }
+
 // Save implements microvm.Monitor.
 func (q *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error {
 	c, err := dial(ctx, m.Run(), socketName)

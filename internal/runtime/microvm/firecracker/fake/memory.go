@@ -40,11 +40,19 @@ const (
 	First   = 2
 )
 
-// count is what the guest does: it counts on, and fills another page with the number.
+// count is what the guest does: it counts on, looks whether the page that it filled at
+// half the number has what it filled it with, and fills another page with the number.
 func (m *memory) count() uint64 {
 	at := m.bytes[Counter*page:]
 	n := binary.LittleEndian.Uint64(at) + 1
 	binary.LittleEndian.PutUint64(at, n)
+	if half := n / 2; half > 0 {
+		back := First + (int(half)-1)%(len(m.bytes)/page-First)
+		if got := m.bytes[back*page+page-1]; got != byte(half) {
+			panic(fmt.Sprintf("page %d holds %d where %d was written", back, got, byte(half)))
+		}
+		m.resident[back] = true
+	}
 	fill := First + (int(n)-1)%(len(m.bytes)/page-First)
 	for i := range page {
 		m.bytes[fill*page+i] = byte(n)
