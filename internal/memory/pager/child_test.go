@@ -31,6 +31,9 @@ type childOrder struct {
 	Huge    bool
 }
 
+// runOnKVM is set where there is a guest for the processor.
+var runOnKVM func(o childOrder, mem []byte) error
+
 func TestMain(m *testing.M) {
 	if order := os.Getenv(childEnv); order != "" {
 		var o childOrder
@@ -69,6 +72,8 @@ func (o childOrder) run() error {
 		return o.touch(mem)
 	case "mix":
 		return o.mix(mem)
+	case "kvm":
+		return runOnKVM(o, mem)
 	}
 	return o.script(mem)
 }

@@ -118,6 +118,21 @@ func (f *fixture) start(t *testing.T, hook func(string)) {
 	t.Cleanup(func() { f.client.Close() })
 }
 
+// rewrite makes another image, after a change of data.
+func (f *fixture) rewrite(t *testing.T) {
+	t.Helper()
+	f.image = f.dir + "/other"
+	if err := os.Mkdir(f.image, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := memory.Write(t.Context(), f.image, int64(len(f.data)), nil, wholeSource(f.data)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(f.file, f.data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func (f *fixture) vm(id string) VM {
 	return VM{ID: id, Image: f.image, Socket: f.dir + "/" + id + ".sock"}
 }
@@ -291,13 +306,7 @@ func TestRaces(t *testing.T) {
 			release := func() { once.Do(func() { close(b.release) }) }
 			f := newFixture(t, 16, 1, b.hook)
 			f.data[page*4096] = 77
-			f.image = f.dir + "/other"
-			if err := os.Mkdir(f.image, 0o700); err != nil {
-				t.Fatal(err)
-			}
-			if err := memory.Write(t.Context(), f.image, int64(len(f.data)), nil, wholeSource(f.data)); err != nil {
-				t.Fatal(err)
-			}
+			f.rewrite(t)
 			vm := f.vm("a")
 			vm.WorkingSet = f.dir + "/set"
 			if err := WriteWorkingSet(vm.WorkingSet, []uint32{page}); err != nil {
