@@ -130,7 +130,7 @@ func (s *site) machine(t *testing.T) microvm.Machine {
 	if err := unix.Mkfifo(m.Console(), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{m.Run(), m.Disk()} {
+	for _, path := range []string{m.Run(), m.Disk(), m.Console()} {
 		if err := os.Chown(path, int(m.UID), int(m.UID)); err != nil {
 			t.Fatal(err)
 		}
