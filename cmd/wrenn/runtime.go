@@ -150,6 +150,9 @@ func mountDisks(ctx context.Context, dir dataDir) error {
 	return disk.Mount(ctx, dir.agent(), dir.disks(), 0)
 }
 
+// leastDisks is the room that virtual machines want for their disks, in bytes.
+const leastDisks = 2 << 30
+
 // prepareAgentDir makes the host agent's directory ready for the runtime: virtual
 // machines want their disks on a file system that clones files at once.
 func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog.Logger) error {
@@ -166,7 +169,10 @@ func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog
 	}
 	log.Info("the data directory's file system cannot clone files; virtual machines get one in a file", "file", dir.disks())
 	free := int64(st.Bavail) * st.Bsize
-	if err := disk.Mount(ctx, dir.agent(), dir.disks(), max(free/10*9, 1<<30)); err != nil {
+	if free < leastDisks {
+		return fmt.Errorf("virtual machines want %d MiB at least for their disks, and %s has %d: choose another data directory with --data", leastDisks>>20, dir, free>>20)
+	}
+	if err := disk.Mount(ctx, dir.agent(), dir.disks(), free/10*9); err != nil {
 		return fmt.Errorf("%w (or choose a data directory on XFS or Btrfs with --data)", err)
 	}
 	return os.Chmod(dir.agent(), 0o700)

@@ -278,15 +278,19 @@ func (a *Agent) admit() error {
 
 // admitDisk refuses what would fill the disk.
 func (a *Agent) admitDisk() error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(a.cfg.Dir, &fs); err != nil {
-		return fmt.Errorf("measure free disk: %w", err)
-	}
-	if free := int64(fs.Bavail) * fs.Bsize; free < reservedDisk {
-		return &sandbox.Error{
-			Kind:    sandbox.ErrExhausted,
-			Message: fmt.Sprintf("the host's disk is full (%d MiB left); delete snapshots, or kill sandboxes that are not needed", free>>20),
-			Cause:   fmt.Errorf("measured at %s", a.cfg.Dir),
+	// The directory may be a file system of its own, in a file that has no more room
+	// than where it lies.
+	for _, dir := range []string{a.cfg.Dir, filepath.Dir(a.cfg.Dir)} {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(dir, &fs); err != nil {
+			return fmt.Errorf("measure free disk: %w", err)
+		}
+		if free := int64(fs.Bavail) * fs.Bsize; free < reservedDisk {
+			return &sandbox.Error{
+				Kind:    sandbox.ErrExhausted,
+				Message: fmt.Sprintf("the host's disk is full (%d MiB left); delete snapshots, or kill sandboxes that are not needed", free>>20),
+				Cause:   fmt.Errorf("measured at %s", dir),
+			}
 		}
 	}
 	return nil

@@ -176,6 +176,30 @@ func (h *Handle) ExitStatus() (ws unix.WaitStatus, known bool) {
 	return unix.WaitStatus(info.Exit_code), true
 }
 
+// End kills the process, and takes a child of ours off the host's table also when it
+// has ended by itself.
+func (p ID) End(ctx context.Context) error {
+	h, err := p.Open()
+	if errors.Is(err, os.ErrProcessDone) {
+		if p.PID > 0 {
+			_, _ = unix.Wait4(p.PID, nil, unix.WNOHANG, nil)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if err := h.Kill(); err != nil {
+		return err
+	}
+	if err := h.Wait(ctx); err != nil {
+		return err
+	}
+	h.Reap()
+	return nil
+}
+
 // Reap takes an ended process off the host's table when it is a child of ours, and
 // does nothing when it is not.
 func (h *Handle) Reap() { _, _ = unix.Wait4(h.PID, nil, unix.WNOHANG, nil) }

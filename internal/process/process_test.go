@@ -85,3 +85,31 @@ func TestAnotherProcessWithThePidIsNotTaken(t *testing.T) {
 		t.Errorf("opening no process gives %v", err)
 	}
 }
+
+func TestEndTakesChildrenOffTheTable(t *testing.T) {
+	for what, args := range map[string][]string{"runs": {"sleep", "60"}, "has ended": {"true"}} {
+		cmd := exec.Command(args[0], args[1:]...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		id, err := Identify(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if what == "has ended" {
+			var info unix.Siginfo
+			if err := unix.Waitid(unix.P_PID, id.PID, &info, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := id.End(t.Context()); err != nil {
+			t.Errorf("one that %s: %v", what, err)
+		}
+		if err := unix.Kill(id.PID, 0); !errors.Is(err, unix.ESRCH) {
+			t.Errorf("one that %s is still there (%v)", what, err)
+		}
+	}
+	if err := (ID{}).End(t.Context()); err != nil {
+		t.Errorf("none: %v", err)
+	}
+}

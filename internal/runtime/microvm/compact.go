@@ -17,10 +17,12 @@ const maxLayers = 8
 func (i *instance) compact() {
 	ctx, cancel := context.WithCancel(i.rt.ctx)
 	over := make(chan struct{})
-	i.endCompaction = func() {
+	i.mu.Lock()
+	i.compaction = func() {
 		cancel()
 		<-over
 	}
+	i.mu.Unlock()
 	i.rt.work.Go(func() {
 		defer close(over)
 		defer cancel()
@@ -35,6 +37,17 @@ func (i *instance) compact() {
 			i.rt.cfg.Log.Warn("the layers of a sandbox's memory stay as many as they are", "sandbox", i.id, "err", err)
 		}
 	})
+}
+
+// endCompaction ends what compact began, and waits for it: it writes where an image is
+// about to be taken of, or all is about to be removed.
+func (i *instance) endCompaction() {
+	i.mu.Lock()
+	end := i.compaction
+	i.mu.Unlock()
+	if end != nil {
+		end()
+	}
 }
 
 func compact(ctx context.Context, dir string) error {

@@ -148,9 +148,11 @@ func (c *console) text() []byte {
 	return data
 }
 
-// What Linux says when it cannot go on (kernel/exit.c, mm/oom_kill.c).
+// What Linux says when it cannot go on (kernel/exit.c, mm/oom_kill.c), and what guestboot
+// does.
 var (
 	initEnded    = regexp.MustCompile(`Attempted to kill init! exitcode=0x([0-9a-f]{8})`)
+	notBooted    = regexp.MustCompile(`guestboot: the machine cannot start: ([^\r\n]*)`)
 	panicked     = regexp.MustCompile(`Kernel panic - not syncing: ([^\r\n]*)`)
 	memoryPanics = [][]byte{[]byte("System is deadlocked on memory"), []byte("Out of memory and no killable processes"), []byte("Out of memory: compulsory panic_on_oom")}
 )
@@ -169,6 +171,9 @@ func ending(said []byte, memoryMiB int64) runtime.Exit {
 			return runtime.Exit{Reason: fmt.Sprintf("guest agent was killed (signal %d)", ws.Signal())}
 		}
 		return runtime.Exit{Reason: fmt.Sprintf("guest agent exited with status %d", ws.ExitStatus())}
+	}
+	if m := notBooted.FindSubmatch(said); m != nil {
+		return runtime.Exit{Reason: fmt.Sprintf("the sandbox's machine cannot start: %.200s", m[1])}
 	}
 	if m := panicked.FindSubmatch(said); m != nil {
 		return runtime.Exit{Reason: fmt.Sprintf("the sandbox's kernel crashed: %.200s", m[1])}

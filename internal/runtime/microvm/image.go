@@ -89,6 +89,7 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 		return i.gone()
 	default:
 	}
+	i.endCompaction()
 	// A monitor that has not answered in time may be pausing all the same.
 	if err = monitor.Pause(ctx, m); err == nil {
 		err = i.write(ctx, image)
@@ -99,7 +100,11 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 	// Also when the caller has gone: it is not the guest's fault.
 	resume, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
 	defer cancel()
-	return i.orGone(errors.Join(err, monitor.Resume(resume, m)))
+	err = i.orGone(errors.Join(err, monitor.Resume(resume, m)))
+	if err == nil && image.Kind == runtime.ImageMemory {
+		i.compact()
+	}
+	return err
 }
 
 // write writes the image of the paused machine.

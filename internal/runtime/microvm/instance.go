@@ -37,11 +37,10 @@ type instance struct {
 
 	snapshots sync.Mutex // held while one is taken, or the machine resumed
 
-	endCompaction func() // ends what compact began, and waits for it; nil: nothing was begun
-
-	mu       sync.Mutex
-	stopping bool      // Stop was called
-	teardown *teardown // the clean-up under way or over; nil before the first
+	mu         sync.Mutex
+	stopping   bool      // Stop was called
+	teardown   *teardown // the clean-up under way or over; nil before the first
+	compaction func()    // ends what compact began, and waits for it; nil: nothing was begun
 }
 
 // teardown is one attempt to free an instance.
@@ -194,9 +193,7 @@ func (i *instance) free(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if i.endCompaction != nil {
-		i.endCompaction() // it writes where is removed
-	}
+	i.endCompaction()
 	return i.rt.free(ctx, i.id, i.state.Machine.Dir)
 }
 

@@ -29,7 +29,8 @@ type Monitor interface {
 	Probe(ctx context.Context, k kernel.Kernel) error
 
 	// Boot starts the monitor in its jail with the machine in it, and returns the
-	// monitor's process once the machine runs. When it fails the caller ends what
+	// monitor's process once the machine runs. When it fails it returns the process, if
+	// there was one; the caller ends what
 	// is in the machine's cgroup and removes what is in its directory.
 	Boot(ctx context.Context, m Machine) (process.ID, error)
 

@@ -122,11 +122,21 @@ func (r *Runtime) release(id sandbox.ID) {
 }
 
 // launch makes what the machine consists of and starts its monitor.
-func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime.Image) (*instance, error) {
+func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime.Image) (_ *instance, err error) {
 	m, err := r.machine(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+		defer cancel()
+		if kerr := m.PID.End(cleanup); kerr != nil {
+			r.cfg.Log.Error("failed start left its monitor", "sandbox", cfg.ID, "err", kerr)
+		}
+	}()
 	var of manifest
 	if image != nil {
 		if of, err = r.readImage(*image, m); err != nil {

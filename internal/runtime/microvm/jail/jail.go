@@ -97,6 +97,10 @@ func Start(ctx context.Context, c Config) (process.ID, error) {
 		id, err = process.Identify(pid)
 	}
 	if err != nil {
+		if pid > 0 {
+			_ = unix.Kill(pid, unix.SIGKILL)
+			_, _ = unix.Wait4(pid, nil, 0, nil)
+		}
 		return process.ID{}, fmt.Errorf("start %s in its jail: %w", filepath.Base(c.Program), err)
 	}
 	return id, nil

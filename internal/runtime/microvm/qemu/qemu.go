@@ -163,6 +163,10 @@ func (q *Monitor) machineArgs(cpus int) []string {
 	}
 }
 
+// toGuest has errors of a disk reported to the guest. On its own QEMU stops the machine
+// when the host's disk is full, until somebody tells it to go on.
+const toGuest = "werror=report,rerror=report"
+
 // args are QEMU's arguments. Descriptor 3 is the socket it is controlled at.
 func (q *Monitor) args(m microvm.Machine, tapFD, memoryFD, stateFD int) []string {
 	ram := fmt.Sprintf("memory-backend-ram,id=ram,size=%dM", m.MemoryMiB)
@@ -173,9 +177,9 @@ func (q *Monitor) args(m microvm.Machine, tapFD, memoryFD, stateFD int) []string
 		"-machine", "memory-backend=ram", "-m", fmt.Sprintf("%dM", m.MemoryMiB), "-object", ram,
 		"-kernel", kernelPath, "-initrd", initrdPath, "-append", m.CmdLine,
 		"-blockdev", "driver=raw,node-name=root,discard=unmap,file.driver=file,file.filename="+rootPath+",file.discard=unmap,file.locking=off",
-		"-device", "virtio-blk-pci,drive=root,bootindex=-1",
+		"-device", "virtio-blk-pci,drive=root,bootindex=-1,"+toGuest,
 		"-blockdev", "driver=raw,node-name=agent,read-only=on,file.driver=file,file.filename="+agentPath+",file.locking=off",
-		"-device", "virtio-blk-pci,drive=agent,bootindex=-1",
+		"-device", "virtio-blk-pci,drive=agent,bootindex=-1,"+toGuest,
 		"-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", tapFD),
 		"-device", "virtio-net-pci,netdev=net,mac="+m.MAC+",romfile=",
 		"-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng",

@@ -93,7 +93,7 @@ func harness(t *testing.T) runtimetest.Harness {
 		if err := microvm.RemoveAll(tag); err != nil {
 			t.Error(err)
 		}
-		for _, left := range leftovers(t, "wrenn-"+tag) {
+		for _, left := range append(leftovers(t, "wrenn-"+tag), zombies()...) {
 			t.Error("left after RemoveAll:", left)
 		}
 	})
@@ -171,6 +171,24 @@ func checkConsole(t *testing.T, pid int) {
 	if !open["console.in"] || !open["console.out"] {
 		t.Errorf("QEMU has not opened the two pipes of the console; it has %v", open)
 	}
+}
+
+// zombies names what has ended as a child of ours and was not waited for.
+func zombies() (found []string) {
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, path := range stats {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has gone
+		}
+		var state string
+		var parent int
+		_, after, _ := strings.Cut(string(data), ") ")
+		if _, err := fmt.Sscan(after, &state, &parent); err == nil && state == "Z" && parent == os.Getpid() {
+			found = append(found, "zombie "+path)
+		}
+	}
+	return found
 }
 
 // leftovers names what is on the host that has name in it.
