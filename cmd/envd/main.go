@@ -23,7 +23,7 @@ func main() {
 	listen := flag.String("listen", "0.0.0.0:49983", "`address` to answer on")
 	asInit := flag.Bool("init", envd.IsInit(), "reap orphans, as pid 1 must")
 	asVM := flag.Bool("vm", false, "be the first process of a virtual machine: mount, set up the network, power off on request")
-	metadata := flag.Bool("mmds", false, "ask the virtual machine's monitor for the sandbox's identity (wrenn.mmds=1 on the kernel's command line does the same)")
+	metadata := flag.Bool("mmds", false, "ask the virtual machine's monitor for the sandbox's identity, and for the hash of the access token that it may be initialized with (wrenn.mmds=1 on the kernel's command line asks for the identity alone)")
 	forward := flag.Bool("forward", envd.IsInit(), "make what listens on the loopback reachable from outside")
 	cgroups := flag.String("cgroups", "", "`directory` of a cgroup hierarchy of version 2 to give processes cgroups in (as pid 1: where it is mounted)")
 	prefer := flag.Bool("prefer", envd.IsInit(), "go before the processes for the processor, and after them when memory runs out")
@@ -70,7 +70,7 @@ func run(address string, metadata bool, config envd.Config) error {
 	}
 	config.OwnsMachine = envd.IsInit()
 	if metadata {
-		config.Metadata = mmds.New(mmds.Address)
+		config.Metadata, config.HashedToken = mmds.New(mmds.Address), true
 	}
 	return envd.New(config).Serve(ctx, l)
 }
@@ -83,7 +83,7 @@ func runMachine(address string, metadata, forward bool) error {
 	reserve.Take()
 	config := envd.Config{Init: true, OwnsMachine: true, Machine: m, Name: m.Name, Forward: forward}
 	if metadata || m.Params().MMDS {
-		config.Metadata = mmds.New(mmds.Address)
+		config.Metadata, config.HashedToken = mmds.New(mmds.Address), metadata
 	}
 	l, err := envd.Listen(address)
 	if err == nil {

@@ -244,7 +244,13 @@ func (a *Agent) run(ctx context.Context, m *managed, u *unit, init guest.InitReq
 		}
 	}()
 	init.Timestamp = time.Now()
+	identified := make(chan struct{})
+	go func() {
+		defer close(identified)
+		a.identify(ctx, u, init)
+	}()
 	version, err := u.announce(ctx, init)
+	<-identified
 	if err != nil {
 		return err
 	}
@@ -259,6 +265,20 @@ func (a *Agent) run(ctx context.Context, m *managed, u *unit, init guest.InitReq
 	a.wg.Go(func() { a.monitor(m, u) })
 	return nil
 }
+
+// identify leaves for the guest to ask what announce tells its agent. That nobody
+// answers it then is no reason not to use a sandbox whose agent knows.
+func (a *Agent) identify(ctx context.Context, u *unit, init guest.InitRequest) {
+	ctx, cancel := context.WithTimeout(ctx, identifyLimit)
+	defer cancel()
+	if err := u.inst.Identify(ctx, init.SandboxID, init.TemplateID); err != nil {
+		a.log.Warn("the sandbox cannot be asked who it is", "instance", u.id, "err", err)
+	}
+}
+
+// identifyLimit is how long a monitor may take to note an identity: normally less than
+// a millisecond.
+const identifyLimit = 2 * time.Second
 
 // over is the union of two environments, in which the second wins.
 func over(env, wins map[string]string) map[string]string {

@@ -19,6 +19,12 @@ import (
 // startWithMetadata starts an agent whose machine's monitor serves the document.
 func startWithMetadata(t *testing.T, document *atomic.Pointer[string]) *agent {
 	t.Helper()
+	return startAsking(t, true, func(w http.ResponseWriter) { io.WriteString(w, *document.Load()) })
+}
+
+// startAsking starts an agent whose monitor gives the answers of answer.
+func startAsking(t *testing.T, hashedToken bool, answer func(http.ResponseWriter)) *agent {
+	t.Helper()
 	monitor := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.Method == http.MethodPut:
@@ -26,7 +32,7 @@ func startWithMetadata(t *testing.T, document *atomic.Pointer[string]) *agent {
 		case r.Header.Get("X-metadata-token") != "session":
 			w.WriteHeader(http.StatusUnauthorized)
 		default:
-			io.WriteString(w, *document.Load())
+			answer(w)
 		}
 	}))
 	t.Cleanup(monitor.Close)
@@ -36,7 +42,9 @@ func startWithMetadata(t *testing.T, document *atomic.Pointer[string]) *agent {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- envd.New(envd.Config{Metadata: mmds.New(monitor.URL)}).Serve(ctx, l) }()
+	go func() {
+		ended <- envd.New(envd.Config{Metadata: mmds.New(monitor.URL), HashedToken: hashedToken}).Serve(ctx, l)
+	}()
 	a := &agent{url: "http://" + l.Addr().String(), http: &http.Client{Transport: &http.Transport{}}}
 	t.Cleanup(func() {
 		a.http.CloseIdleConnections()
@@ -85,6 +93,34 @@ func TestTheMonitorSaysWhoTheSandboxIsAtBootAndAfterEachResume(t *testing.T) {
 	a.init(t, map[string]any{"sandboxID": "i4", "lifecycleID": "third"})
 	set(`{"instanceID":"i4","envID":"t4"}`)
 	is("i4", "t4")
+}
+
+// The monitor is asked for want of anybody else: not once the host has said it, nor for
+// the host's request to be let in, which waits for it.
+func TestAMonitorIsNotAskedForWhatTheHostHasSaid(t *testing.T) {
+	var asked atomic.Int32
+	first, answer := make(chan struct{}), make(chan struct{})
+	a := startAsking(t, false, func(w http.ResponseWriter) {
+		if asked.Add(1) == 1 {
+			close(first)
+		}
+		<-answer
+		io.WriteString(w, `{"instanceID":"old","envID":"old"}`)
+	})
+	<-first
+	for _, life := range []string{"first", "second"} {
+		if got := a.init(t, map[string]any{"sandboxID": "i1", "templateID": "t1", "lifecycleID": life}); got != 204 {
+			t.Fatal(got)
+		}
+	}
+	close(answer)
+	if got := a.init(t, map[string]any{"lifecycleID": "third"}); got != 204 { // asks, and by that shows that the others have not
+		t.Fatal(got)
+	}
+	eventually(t, "the monitor's word is taken", func() bool { return a.env(t)["WRENN_SANDBOX_ID"] == "old" })
+	if n := asked.Load(); n != 2 {
+		t.Errorf("the monitor was asked %d times, want once at the start and once after the third", n)
+	}
 }
 
 func TestTheTokenWhoseHashTheMonitorHasIsTaken(t *testing.T) {

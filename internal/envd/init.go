@@ -157,7 +157,7 @@ func (a *Agent) mayInit(r *http.Request, token string) bool {
 	if r.Context().Value(insideKey{}) != nil || a.machine != nil && !a.fromHost(r) {
 		return false
 	}
-	if a.metadata != nil {
+	if a.metadata != nil && a.hashedToken {
 		if d, err := a.metadata.Get(r.Context()); err == nil && d.AccessTokenHash != "" {
 			return d.Authorizes(token)
 		}
@@ -176,6 +176,7 @@ func (a *Agent) apply(req initRequest, arrival time.Time, asker netip.AddrPort) 
 	resumed := a.init.resumed(req)
 	if resumed {
 		a.init.lifecycle = req.LifecycleID
+		a.known = req.SandboxID != "" && req.TemplateID != ""
 	}
 	if req.Timestamp != nil {
 		a.init.last = *req.Timestamp
@@ -249,18 +250,15 @@ func (a *Agent) wake(asker netip.AddrPort) {
 	}
 }
 
-// followIdentity asks the machine's monitor who it is, now and after each
-// resume, until ctx ends.
+// followIdentity asks the machine's monitor who it is, now and after each resume,
+// until ctx ends or the host has told it in the meantime.
 func (a *Agent) followIdentity(ctx context.Context) {
 	for ctx.Err() == nil {
 		asking, cancel := context.WithCancel(ctx)
 		answered := make(chan struct{})
 		go func() {
 			defer close(answered)
-			d, err := a.metadata.Wait(asking)
-			if err == nil {
-				a.identify(d.SandboxID, d.TemplateID)
-			}
+			a.askIdentity(asking)
 		}()
 		select { // what is under way asks the monitor of before the resume
 		case <-a.woken:
@@ -269,4 +267,25 @@ func (a *Agent) followIdentity(ctx context.Context) {
 		cancel()
 		<-answered
 	}
+}
+
+func (a *Agent) askIdentity(ctx context.Context) {
+	if a.isKnown() {
+		return
+	}
+	d, err := a.metadata.Wait(ctx)
+	if err != nil {
+		return
+	}
+	a.init.mu.Lock()
+	defer a.init.mu.Unlock()
+	if !a.known { // what the host tells by itself is younger
+		a.identify(d.SandboxID, d.TemplateID)
+	}
+}
+
+func (a *Agent) isKnown() bool {
+	a.init.mu.Lock()
+	defer a.init.mu.Unlock()
+	return a.known
 }

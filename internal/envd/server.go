@@ -64,6 +64,8 @@ type Config struct {
 	Name func(id string) error
 	// Metadata answers who the machine is; nil where nothing does.
 	Metadata *mmds.Client
+	// HashedToken says that Metadata has the hash of the token that /init may bring.
+	HashedToken bool
 }
 
 // Agent is the guest agent. Make one with New.
@@ -87,13 +89,15 @@ type Agent struct {
 	name        func(id string) error
 	setClock    func(time.Time) error
 	metadata    *mmds.Client
+	hashedToken bool
+	known       bool          // /init has said who the sandbox is, in this life; init.mu holds it
 	woken       chan struct{} // gets one after each boot and resume
 }
 
 // New returns an agent that does nothing yet.
 func New(c Config) *Agent {
 	a := &Agent{ring: logs.NewRing(logs.DefaultSize), reaper: process.NewReaper(c.Init), ownsMachine: c.OwnsMachine}
-	a.machine, a.name, a.metadata = c.Machine, c.Name, c.Metadata
+	a.machine, a.name, a.metadata, a.hashedToken = c.Machine, c.Name, c.Metadata, c.HashedToken
 	a.prefer, a.cgroups = c.Prefer || c.OwnsMachine, c.Cgroups
 	a.setClock, a.woken = setClock, make(chan struct{}, 1)
 	a.log = slog.New(a.ring.Handler(slog.LevelInfo))

@@ -131,6 +131,13 @@ type Instance interface {
 	// paused when the agent was killed. On one that runs it does nothing.
 	Resume(ctx context.Context) error
 
+	// Identify says whose the instance is now, to a guest that asks the machine's
+	// monitor. It may be called again, and must be after each Restore: what was said
+	// of the instance of an image does not hold for others. The guest agent is told
+	// by /init all the same, which does not wait for this; a runtime without such a
+	// service does nothing.
+	Identify(ctx context.Context, sandboxID, templateID string) error
+
 	// Stop ends the instance by force and frees what the runtime holds for it.
 	// It is idempotent and also right after the instance ended by itself. ctx
 	// bounds the wait, not the clean-up that was begun.

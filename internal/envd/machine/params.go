@@ -17,7 +17,7 @@ type Params struct {
 	Gateway   netip.Addr   // wrenn.gateway
 	Resolvers []netip.Addr // wrenn.dns: addresses with commas between; the gateway by default
 	MTU       int          // wrenn.mtu: 0 leaves it
-	MMDS      bool         // wrenn.mmds=1: the metadata service can be asked
+	MMDS      bool         // wrenn.mmds=1: the metadata service can be asked who the sandbox is
 	Restart   bool         // end with a reset rather than a power-off: wrenn.poweroff=restart|off
 
 	invalid []error

@@ -130,6 +130,9 @@ func (i *instance) imageSize(kind runtime.ImageKind) (int64, error) {
 	return bytes + bytes/8 + 16<<20, nil
 }
 
+// Identify implements runtime.Instance: a guest here has nobody to ask.
+func (*instance) Identify(context.Context, string, string) error { return nil }
+
 // Resume implements runtime.Instance.
 func (i *instance) Resume(ctx context.Context) error {
 	i.snapshots.Lock()

@@ -152,6 +152,14 @@ func sizes(dir string) (map[string]int64, error) {
 	return files, nil
 }
 
+// Identify implements runtime.Instance.
+func (i *instance) Identify(ctx context.Context, sandboxID, templateID string) error {
+	if err := i.rt.cfg.Monitor.Identify(ctx, i.state.Machine, sandboxID, templateID); err != nil {
+		return fmt.Errorf("identify sandbox %s: %w", i.id, i.orGone(err))
+	}
+	return nil
+}
+
 // Resume implements runtime.Instance.
 func (i *instance) Resume(ctx context.Context) error {
 	i.snapshots.Lock()

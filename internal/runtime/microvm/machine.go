@@ -44,6 +44,9 @@ type Monitor interface {
 	Pause(ctx context.Context, m Machine) error
 	Resume(ctx context.Context, m Machine) error
 
+	// Identify says to a guest that asks which sandbox of which template it is.
+	Identify(ctx context.Context, m Machine, sandboxID, templateID string) error
+
 	// Save writes what a paused machine has in its devices and its memory into the
 	// directory to. The machine stays paused. A full disk is sandbox.ErrExhausted.
 	Save(ctx context.Context, m Machine, to string) error

@@ -45,6 +45,20 @@ func testStop(t *testing.T, s *suite) {
 	}
 }
 
+// Whose an instance is may be said at any time; whether its guest can ask, each runtime
+// sees for itself.
+func testIdentify(t *testing.T, s *suite) {
+	g := s.start(t)
+	for _, id := range []string{"one", "two", ""} {
+		if err := g.Identify(t.Context(), id, "base"); err != nil {
+			t.Errorf("identify as %q: %v", id, err)
+		}
+	}
+	if _, err := g.call(t.Context(), "GET", "/ping", nil, ""); err != nil {
+		t.Error("afterwards:", err)
+	}
+}
+
 func testInitExit(t *testing.T, s *suite) {
 	g := s.start(t)
 	g.call(t.Context(), "POST", "/exit", url.Values{"code": {"7"}}, "")

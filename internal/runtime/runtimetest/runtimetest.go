@@ -75,6 +75,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"a fork bomb is contained", testForkBomb},
 		{"stats are those of the instance", testStats},
 		{"stop can be repeated and called after the end", testStop},
+		{"whose it is may be said at any time", testIdentify},
 		{"the end of init is told with its status", testInitExit},
 		{"a killed engine is told", testEngineKilled},
 		{"an id in use is refused and its owner lives on", testConflict},

@@ -165,7 +165,8 @@ func (f *Monitor) Boot(ctx context.Context, m microvm.Machine) (process.ID, erro
 func (f *Monitor) configure(ctx context.Context, c *Client, m microvm.Machine) error {
 	for _, step := range []func() error{
 		func() error {
-			return c.SetBootSource(ctx, BootSource{Kernel: kernelPath, Initrd: initrdPath, Args: f.commandLine(m.CmdLine)})
+			words := f.commandLine(askMMDS + " " + m.CmdLine)
+			return c.SetBootSource(ctx, BootSource{Kernel: kernelPath, Initrd: initrdPath, Args: words})
 		},
 		// In this order they are /dev/vda and /dev/vdb. Neither is Firecracker's root
 		// device, for which it would put words of its own into the command line.
@@ -176,7 +177,6 @@ func (f *Monitor) configure(ctx context.Context, c *Client, m microvm.Machine) e
 		},
 		func() error { return c.SetMachine(ctx, MachineConfig{CPUs: m.CPUs, MemoryMiB: m.MemoryMiB}) },
 		func() error { return c.SetMMDSConfig(ctx, MMDSConfig{Version: "V2", Interfaces: []string{link}}) },
-		func() error { return c.SetMMDS(ctx, metadata(m)) },
 		func() error { return c.SetEntropy(ctx, Entropy{}) },
 		func() error { return c.Start(ctx) },
 	} {
@@ -187,9 +187,19 @@ func (f *Monitor) configure(ctx context.Context, c *Client, m microvm.Machine) e
 	return nil
 }
 
-// metadata is what the guest can ask for at the address of the MMDS.
-func metadata(m microvm.Machine) map[string]string {
-	return map[string]string{"instanceID": string(m.ID)}
+// askMMDS tells the guest agent that it can ask for Metadata.
+const askMMDS = "wrenn.mmds=1"
+
+// Metadata is what the guest can ask for at the address of the MMDS, once somebody has
+// the machine. A snapshot has none of it.
+type Metadata struct {
+	SandboxID  string `json:"instanceID"`
+	TemplateID string `json:"envID"`
+}
+
+// Identify implements microvm.Monitor.
+func (f *Monitor) Identify(ctx context.Context, m microvm.Machine, sandboxID, templateID string) error {
+	return with(m, func(c *Client) error { return c.SetMMDS(ctx, Metadata{sandboxID, templateID}) })
 }
 
 // Pause implements microvm.Monitor.

@@ -61,8 +61,7 @@ func (f *Monitor) Load(ctx context.Context, m microvm.Machine, saved string) (id
 		}
 		return id, f.explain(m, err)
 	}
-	// The state has none of it.
-	return id, c.SetMMDS(ctx, metadata(m))
+	return id, nil
 }
 
 // backend prepares what the memory of a machine comes from. done is called once it

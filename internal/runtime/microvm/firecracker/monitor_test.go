@@ -287,18 +287,31 @@ func (s *site) lives(t *testing.T, f *firecracker.Monitor, version, image string
 		wantCount(t, dir, n, n)
 	}
 	wantCount(t, image, 1, 1)
-	var data map[string]string
-	c := firecracker.NewClient(filepath.Join(m.Run(), "api.sock"))
-	defer c.Close()
-	if err := c.MMDS(t.Context(), &data); err != nil || data["instanceID"] != string(m.ID) {
-		t.Errorf("metadata is %v (%v)", data, err)
-	}
+	wantIdentity(t, f, m)
 	// A save that failed half-way leaves nobody to know what has changed.
 	call(t, m, f.Resume)
 	if err := f.Save(t.Context(), m, t.TempDir()); err == nil {
 		t.Fatal("a machine is saved while it runs")
 	}
 	wantCount(t, save(t, f, m), 5, 1)
+}
+
+// wantIdentity sees whose a machine is said to be: nobody's, until it is told.
+func wantIdentity(t *testing.T, f *firecracker.Monitor, m microvm.Machine) {
+	t.Helper()
+	c := firecracker.NewClient(filepath.Join(m.Run(), "api.sock"))
+	defer c.Close()
+	for _, want := range []firecracker.Metadata{{}, {SandboxID: "one", TemplateID: "base"}, {SandboxID: "two", TemplateID: "other"}} {
+		if want.SandboxID != "" {
+			if err := f.Identify(t.Context(), m, want.SandboxID, want.TemplateID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var got firecracker.Metadata
+		if err := c.MMDS(t.Context(), &got); err != nil || got != want {
+			t.Errorf("metadata is %+v (%v), want %+v", got, err, want)
+		}
+	}
 }
 
 // needFaultsServed skips where programs without rights have no faults served.

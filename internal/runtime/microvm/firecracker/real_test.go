@@ -136,12 +136,7 @@ func testReal(t *testing.T, s *site) {
 				f := s.monitor(t, "", cfg)
 				_, n = saveLater(t, f, m, n)
 			}
-			var data map[string]string
-			c := firecracker.NewClient(filepath.Join(m.Run(), "api.sock"))
-			defer c.Close()
-			if err := c.MMDS(t.Context(), &data); err != nil || data["instanceID"] != string(m.ID) {
-				t.Errorf("metadata is %v (%v)", data, err)
-			}
+			wantIdentity(t, f, m)
 		})
 	}
 }

@@ -65,10 +65,18 @@ func testLifeWithoutGuest(t *testing.T, s *site) {
 	if err := inst.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	for _, i := range []runtime.Instance{inst, clone} {
+		if err := i.Identify(t.Context(), "sandbox", "base"); err != nil {
+			t.Error(err)
+		}
+	}
 	kill(t, clone)
 	<-clone.Done()
 	if err := clone.Snapshot(t.Context(), runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}, true); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("snapshot of one that was killed: %v", err)
+	}
+	if err := clone.Identify(t.Context(), "sandbox", "base"); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("identify one that was killed: %v", err)
 	}
 	for _, i := range []runtime.Instance{clone, inst} {
 		if err := i.Stop(t.Context()); err != nil {

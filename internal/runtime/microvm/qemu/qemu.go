@@ -208,6 +208,9 @@ func (q *Monitor) Boot(ctx context.Context, m microvm.Machine) (process.ID, erro
 	return id, nil
 }
 
+// Identify implements microvm.Monitor: QEMU answers no questions of the guest's.
+func (*Monitor) Identify(context.Context, microvm.Machine, string, string) error { return nil }
+
 // Pause implements microvm.Monitor.
 func (q *Monitor) Pause(ctx context.Context, m microvm.Machine) error {
 	return q.command(ctx, m, "stop")
