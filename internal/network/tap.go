@@ -27,13 +27,18 @@ const tapQueue = 5000
 // or of the processors that carry its packets: as much as Firecracker's own limiter
 // is told, and here whichever monitor runs it, and also if it does not obey.
 const (
-	sendRate  = 200 << 20 // bytes a second
-	sendBurst = 100 << 20 // bytes
-	sendQueue = 2 << 20   // bytes that wait, 10 ms; what comes on top of them is dropped
+	sendRate    = 200 << 20 // bytes a second
+	sendBurst   = 100 << 20 // bytes
+	sendPackets = 1000      // that wait, as on other links
+	sendQueue   = 2 << 20   // bytes that wait, 10 ms; what comes on top of them is dropped
 )
 
 // limitSending bounds what leaves through the link.
 func limitSending(h *netlink.Handle, link netlink.Link, rate uint64, burst uint32) error {
+	// A link without a queue gets one with the bucket, and the kernel complains of it.
+	if err := h.LinkSetTxQLen(link, sendPackets); err != nil {
+		return fmt.Errorf("set queue of %s: %w", link.Attrs().Name, err)
+	}
 	err := h.QdiscReplace(&netlink.Tbf{
 		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
 		Rate:       rate, Buffer: netlink.Xmittime(rate, burst), Limit: sendQueue,

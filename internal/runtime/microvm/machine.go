@@ -51,6 +51,10 @@ type Monitor interface {
 	// directory to. The machine stays paused. A full disk is sandbox.ErrExhausted.
 	Save(ctx context.Context, m Machine, to string) error
 
+	// Spare is what the monitor's processes may take besides the machine's memory, in
+	// MiB; loaded says that it comes from an image.
+	Spare(m Machine, loaded bool) int64
+
 	// Ended is told that a machine of this id is no more, however far it came, so
 	// that what is kept of it outside its directory is dropped. It may be repeated.
 	Ended(ctx context.Context, id sandbox.ID) error

@@ -209,8 +209,9 @@ func machineMemory(memoryMiB int64) int64 { return memoryMiB + kernelMiB + memor
 
 const kernelMiB = 46
 
-// monitorMiB is what a monitor may take beyond its machine's memory.
-const monitorMiB = 192
+// Spare is what a monitor takes beyond its machine's memory, in MiB, for itself and for
+// the records of that memory.
+func Spare(m Machine) int64 { return 192 + m.MemoryMiB/16 }
 
 // commandLine puts together what the kernel reads and what the guest agent is called
 // with. The kernel knows of double quotes and of nothing to quote those with.
@@ -278,8 +279,9 @@ func (r *Runtime) prepare(ctx context.Context, cfg runtime.Config, m Machine, im
 	if err := cfg.Slot.GiveTAP(m.UID); err != nil {
 		return err
 	}
+	loaded := image != nil && image.Kind == runtime.ImageMemory
 	return r.cgroups.Create(m.Group, cgroup.Limits{
-		MemoryBytes: (m.MemoryMiB + monitorMiB + m.MemoryMiB/16) << 20,
+		MemoryBytes: (m.MemoryMiB + r.cfg.Monitor.Spare(m, loaded)) << 20,
 		CPUs:        float64(cfg.Resources.CPUs), PIDs: monitorTasks,
 	})
 }

@@ -86,6 +86,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"an instance is discarded without its state", testDiscard},
 		{"many instances come and go at once", testConcurrent},
 		{"what the guest had in memory goes on from an image", testMemoryImage},
+		{"a guest from an image can use nearly all its memory", testRestoredMemoryUsable},
 		{"init may change the hostname and an image keeps that", testHostname},
 		{"an instance goes on after its snapshot and so do its connections", testSnapshotGoesOn},
 		{"connections of the image are closed in what is made of it", testConnectionsClosed},
@@ -241,6 +242,17 @@ func testMemoryUsable(t *testing.T, s *suite) {
 	g := s.start(t)
 	g.must(t, "POST", "/alloc", url.Values{"mib": {"220"}}, "") // of 256, a kernel's own apart
 	g.must(t, "GET", "/ping", nil, "")
+}
+
+func testRestoredMemoryUsable(t *testing.T, s *suite) {
+	g := s.start(t, func(c *runtime.Config) { c.Resources.MemoryMiB = 512 })
+	image := g.snapshot(t, runtime.ImageMemory, true)
+	if err := g.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r := s.restore(t, image, func(c *runtime.Config) { c.Resources.MemoryMiB = 512 })
+	r.must(t, "POST", "/alloc", url.Values{"mib": {"460"}}, "")
+	r.must(t, "GET", "/ping", nil, "")
 }
 
 func testOutOfMemory(t *testing.T, s *suite) {

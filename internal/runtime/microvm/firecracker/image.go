@@ -123,6 +123,9 @@ func damaged(err error) error {
 	return err
 }
 
+// Spare implements microvm.Monitor.
+func (*Monitor) Spare(m microvm.Machine, _ bool) int64 { return microvm.Spare(m) }
+
 // Save implements microvm.Monitor. The first time all memory is written, afterwards
 // what has changed since the image that is in the machine's base.
 func (f *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error {
