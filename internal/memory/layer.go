@@ -123,6 +123,15 @@ func (l *Layer) read(p []byte, at int64) error {
 	return l.Check(p, at)
 }
 
+func (l *Layer) cached(at int64) bool {
+	if l.compressed() {
+		return false
+	}
+	var b [1]byte
+	n, err := unix.Preadv2(int(l.file.Fd()), [][]byte{b[:]}, at, unix.RWF_NOWAIT)
+	return err == nil && n == 1
+}
+
 func layerFooter(blocks uint64, sum uint32) []byte {
 	b := make([]byte, 0, footerSize)
 	b = append(b, layerMagic...)

@@ -204,6 +204,9 @@ func full(err error) error {
 	return err
 }
 
+// Cached says whether the first block is in memory already, as one that is zero is.
+func (r Run) Cached() bool { return r.Layer == nil || r.Layer.cached(r.At) }
+
 // Read fills p, of whole blocks and no longer than the run, from the run's start,
 // and checks what it reads. A mapping of the layer would be no faster: the check
 // has to bring the bytes into the CPU's cache anyway.

@@ -61,12 +61,15 @@ func (o childOrder) run() error {
 		if m.FD, err = madeUpEvents(); err != nil {
 			return err
 		}
+		fmt.Println("ready") // it may be ended as soon as it connects
 	}
 	if err := m.Connect(o.Socket); err != nil {
 		return err
 	}
 	mem := m.Bytes
-	fmt.Println("ready")
+	if o.Mode != "impostor" {
+		fmt.Println("ready")
+	}
 	switch o.Mode {
 	case "touch":
 		return o.touch(mem)

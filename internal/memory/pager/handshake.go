@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"time"
 
@@ -32,15 +31,14 @@ const (
 // monitor is the process that has connected, and what it has handed over.
 type monitor struct {
 	process *process.Handle
-	uffd    *os.File
-	fd      int // of uffd; asking for it makes it block
+	fd      int // the userfaultfd; -1: none yet
 	regions []region
 	page    int64
 }
 
 func (m *monitor) close() {
-	if m.uffd != nil {
-		m.uffd.Close()
+	if m.fd >= 0 {
+		unix.Close(m.fd)
 	}
 	m.process.Close()
 }
@@ -91,7 +89,7 @@ func (m *monitor) shake(conn *net.UnixConn, size int64) error {
 		return fmt.Errorf("the monitor hands over %d descriptors, want one", len(fds))
 	}
 	m.fd = fds[0]
-	if m.uffd, err = setup(m.fd); err != nil {
+	if err = setup(m.fd); err != nil {
 		return fmt.Errorf("the monitor's descriptor cannot be used: %w", err)
 	}
 	if err := json.Unmarshal(buf[:n], &m.regions); err != nil {

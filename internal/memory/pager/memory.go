@@ -132,8 +132,9 @@ func (g *guest) address(offset int64) (address uint64, left int64, ok bool) {
 	return 0, 0, false
 }
 
-// fault serves a page fault, with the pages that follow it in a window of around
-// bytes. buf has room for the window.
+// fault serves a page fault, with the other pages of a window of around bytes: first
+// those that follow it, then, with the thread going on, those before. buf has room for
+// the window.
 func (g *guest) fault(e event, around int64, buf []byte) error {
 	at := e.b &^ uint64(g.page-1)
 	if e.a&faultWriteProtect != 0 {
@@ -154,10 +155,29 @@ func (g *guest) fault(e event, around int64, buf []byte) error {
 	if n == 0 && err == nil {
 		err = g.outcome(g.uffd.wake(at, int(g.page)))
 	}
-	if err == nil {
-		g.served.Add(1)
+	if err != nil {
+		return err
 	}
-	return err
+	g.served.Add(1)
+	if around > g.page {
+		return g.before(offset-offset%window, offset, buf)
+	}
+	return nil
+}
+
+// before puts in what is missing before a page that is there.
+func (g *guest) before(at, end int64, buf []byte) error {
+	for at < end {
+		n, err := g.fill(at, end-at, buf)
+		if errors.Is(err, errAgain) { // nobody waits for it
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		at += n
+	}
+	return nil
 }
 
 // fill puts pages in that nobody waits for, if they are not there. It says how far

@@ -3,6 +3,7 @@ package pager
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -13,10 +14,18 @@ import (
 // stretch is a part of the memory that is put in without being asked for.
 type stretch struct{ offset, length int64 }
 
-// stretches joins pages that follow each other, in the order in which they were
-// touched, into pieces.
+// together is how many pages of a working set are put in in the order of the memory:
+// those that were touched at about the same time.
+const together = 256
+
+// stretches joins pages that follow each other into pieces, in the order in which they
+// were touched by and large.
 func stretches(blocks []uint32, page, size int64) []stretch {
 	var out []stretch
+	blocks = slices.Clone(blocks)
+	for part := range slices.Chunk(blocks, together) {
+		slices.Sort(part)
+	}
 	for _, b := range blocks {
 		at := int64(b) * 4096 / page * page
 		if at >= size {
@@ -38,13 +47,7 @@ func (s *server) prefetch(ctx context.Context, blocks []uint32) error {
 	var next atomic.Int64
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		// The disk reads ahead of the copying.
-		for _, t := range todo {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			s.advise(t)
-		}
+		s.readAhead(ctx, todo)
 		return nil
 	})
 	for range max(s.threads, 2) {
@@ -62,6 +65,24 @@ func (s *server) prefetch(ctx context.Context, blocks []uint32) error {
 		})
 	}
 	return g.Wait()
+}
+
+// readAhead has the disk read ahead of the copying. Where some of a number of pieces
+// are looked at and are all in the page cache, the others are taken to be there: to ask
+// for what is there takes as long as to copy it.
+func (s *server) readAhead(ctx context.Context, todo []stretch) {
+	const number, some = 64, 8
+	for len(todo) > 0 && ctx.Err() == nil {
+		part := todo[:min(number, len(todo))]
+		todo = todo[len(part):]
+		cached := true
+		for i := 0; i < len(part) && cached; i += number / some {
+			cached = s.image.Find(part[i].offset).Cached()
+		}
+		for i := 0; i < len(part) && !cached; i++ {
+			s.advise(part[i])
+		}
+	}
 }
 
 func (s *server) advise(t stretch) {

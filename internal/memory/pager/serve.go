@@ -6,7 +6,6 @@ import (
 	"io"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -16,14 +15,12 @@ import (
 const (
 	eventsAtOnce = 64
 	retryAfter   = 50 * time.Microsecond // the kernel says EAGAIN until the other thread runs
-	spin         = 20 * time.Microsecond // a thread that was served soon touches the next page
 	pieceSize    = 64 << 10              // is put in at once; a fault waits no longer than for that
 )
 
 // server serves the page faults of one virtual machine.
 type server struct {
 	*guest
-	file    *os.File // the userfaultfd
 	threads int
 	around  int64
 	record  *recorder
@@ -40,12 +37,7 @@ func (s *server) run(ctx context.Context) error {
 	for range s.threads - 1 {
 		g.Go(func() error { return s.help(ctx) })
 	}
-	g.Go(func() error {
-		// Ends the read below.
-		stop := context.AfterFunc(ctx, func() { _ = s.file.SetReadDeadline(time.Unix(1, 0)) })
-		defer stop()
-		return s.read(ctx)
-	})
+	g.Go(func() error { return s.read(ctx) })
 	return g.Wait()
 }
 
@@ -92,10 +84,11 @@ func pause(ctx context.Context, d time.Duration) error {
 }
 
 func (s *server) read(ctx context.Context) error {
-	raw, err := s.file.SyscallConn()
+	w, err := newWaiter(ctx, s.uffd.fd)
 	if err != nil {
 		return err
 	}
+	defer w.close()
 	buf := s.buffer()
 	events := make([]event, 0, eventsAtOnce)
 	bytes := make([]byte, eventsAtOnce*eventSize)
@@ -107,7 +100,15 @@ func (s *server) read(ctx context.Context) error {
 				return err
 			}
 		}
-		events, err = s.next(ctx, raw, bytes, events[:0])
+		events, err = s.readEvents(bytes, events[:0])
+		if err == nil && len(events) == 0 && len(s.again) == 0 {
+			if err = w.wait(); err == nil {
+				continue
+			}
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
 		if err != nil {
 			return err
 		}
@@ -119,35 +120,11 @@ func (s *server) read(ctx context.Context) error {
 	}
 }
 
-// next reads what events there are, and waits for one unless others wait to be
-// tried again.
-func (s *server) next(ctx context.Context, raw syscall.RawConn, bytes []byte, events []event) ([]event, error) {
-	var rerr error
-	read := func(fd uintptr) bool {
-		events, rerr = s.readEvents(int(fd), bytes, events)
-		return len(events) > 0 || rerr != nil || len(s.again) > 0
-	}
-	if len(s.again) == 0 {
-		for end := time.Now().Add(spin); time.Now().Before(end); {
-			if events, rerr = s.readEvents(s.uffd.fd, bytes, events); len(events) > 0 || rerr != nil {
-				return events, rerr
-			}
-		}
-	}
-	if err := raw.Read(read); err != nil {
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
-		}
-		return nil, err
-	}
-	return events, rerr
-}
-
 // readEvents reads without waiting, and notes what is no fault.
-func (s *server) readEvents(fd int, bytes []byte, events []event) ([]event, error) {
+func (s *server) readEvents(bytes []byte, events []event) ([]event, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n, err := unix.Read(fd, bytes)
+	n, err := unix.Read(s.uffd.fd, bytes)
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
 		return events, nil
 	}

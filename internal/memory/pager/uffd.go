@@ -103,17 +103,12 @@ func (u uffd) unprotect(at uint64, length int) error {
 	return u.ioctl(ioctlWriteProtect, unsafe.Pointer(&arg))
 }
 
-// setup makes a descriptor that came from elsewhere one that the runtime can wait
-// for. Who hands it over is not trusted: events that somebody makes up would have the
+// setup makes a descriptor that came from elsewhere one that is read without waiting.
+// Who hands it over is not trusted: events that somebody makes up would have the
 // pager act on descriptors that it has for others.
-func setup(fd int) (*os.File, error) {
+func setup(fd int) error {
 	if kind, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err != nil || kind != "anon_inode:[userfaultfd]" {
-		unix.Close(fd)
-		return nil, fmt.Errorf("it is no userfaultfd but %s", kind)
+		return fmt.Errorf("it is no userfaultfd but %s", kind)
 	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), "userfaultfd"), nil
+	return unix.SetNonblock(fd, true)
 }

@@ -196,7 +196,7 @@ func (a *attachment) take(ctx context.Context, conn *net.UnixConn) (*monitor, er
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	m := &monitor{process: p}
+	m := &monitor{process: p, fd: -1}
 	a.mu.Lock()
 	a.monitor = p.ID
 	a.mu.Unlock()
@@ -207,7 +207,7 @@ func (a *attachment) take(ctx context.Context, conn *net.UnixConn) (*monitor, er
 }
 
 func (a *attachment) serve(ctx context.Context, m *monitor) error {
-	s := &server{guest: newGuest(a.image, m, a.hook), file: m.uffd, threads: a.vm.Threads, around: a.vm.Around}
+	s := &server{guest: newGuest(a.image, m, a.hook), threads: a.vm.Threads, around: a.vm.Around}
 	if s.threads == 0 {
 		s.threads = defaultThreads
 	}
