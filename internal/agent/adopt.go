@@ -65,13 +65,8 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 				return m, nil // see goOn
 			}
 			// A snapshot may have frozen it.
-			if err := inst.Resume(ctx); err != nil {
-				a.log.Warn("sandbox does not go on", "sandbox", rec.ID, "err", err)
-				m.unit, reason = nil, "it did not go on after the host agent was restarted"
-				if err := inst.Stop(ctx); err != nil {
-					a.log.Error("stop sandbox", "sandbox", rec.ID, "err", err) // from now on it is a stray
-				}
-				break
+			if m.still = a.letGoOn(ctx, u); ctx.Err() != nil {
+				return nil, ctx.Err() // it is for the next agent
 			}
 			return m, removeImage(m.imageDir())
 		case errors.Is(err, sandbox.ErrNotFound):
@@ -85,8 +80,11 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 		case errors.Is(err, sandbox.ErrInvalid):
 			// It may be running, but nobody would know its end or its network.
 			reason = "the host agent's record of it was damaged"
-		default:
-			return nil, err
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		default: // one that cannot be taken over must not keep the others from whoever they belong to
+			a.log.Error("sandbox cannot be taken over", "sandbox", rec.ID, "err", err)
+			reason = "the host agent was restarted and could not take it over"
 		}
 	case sandbox.Paused, sandbox.Resuming:
 		if a.wasPaused(m) {
@@ -111,6 +109,39 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 	a.ended.add(ob, false)
 	a.log.Info("freed what a dead sandbox left", "sandbox", rec.ID, "was", rec.State, "reason", reason)
 	return nil, nil
+}
+
+// answerLimit is how long the start waits for one instance to answer.
+const answerLimit = 5 * time.Second
+
+// letGoOn lets an adopted instance go on, and says whether it may stand still yet: on a
+// busy host an engine may take its time to answer.
+func (a *Agent) letGoOn(ctx context.Context, u *unit) (still bool) {
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	if err := u.inst.Resume(ctx); err != nil {
+		a.log.Warn("sandbox does not go on; it is asked again", "instance", u.id, "err", err)
+		return true
+	}
+	return false
+}
+
+// letGoOnLater asks until the instance goes on, or has ended, or is m's no more.
+func (a *Agent) letGoOnLater(m *managed, u *unit) {
+	for still := true; still; {
+		select {
+		case <-u.inst.Done(): // the monitor tells why
+			return
+		case <-m.gone:
+			return
+		case <-a.ctx.Done():
+			return
+		case <-time.After(teardownRetry):
+		}
+		m.life.Lock()
+		still = m.unit == u && a.letGoOn(a.ctx, u)
+		m.life.Unlock()
+	}
 }
 
 // wasPaused reports whether there is an image to go on from, be it one that this
@@ -190,6 +221,9 @@ func (a *Agent) takeOver(m *managed) {
 		m.serving(u)
 	}
 	a.wg.Go(func() { a.monitor(m, u) })
+	if m.still {
+		a.wg.Go(func() { a.letGoOnLater(m, u) })
+	}
 	if pausing {
 		a.wg.Go(func() { a.goOn(m, u) })
 		return

@@ -25,6 +25,8 @@ type managed struct {
 	unit *unit // nil while it is paused and before it is made
 	torn bool
 
+	still bool // it was adopted and has not been seen to go on
+
 	mu      sync.Mutex // guards what follows
 	rec     record
 	cancel  context.CancelFunc // gives up what is under way

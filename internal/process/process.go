@@ -12,17 +12,25 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // ID names one host process beyond doubt: pids are used again, a pid together
-// with its start time is not.
+// with its start time is not before the host boots again.
 type ID struct {
 	PID   int    `json:"pid"`
-	Start uint64 `json:"start"` // in clock ticks since the host booted
+	Start uint64 `json:"start"`          // in clock ticks since the host booted
+	Boot  string `json:"boot,omitempty"` // the kernel's boot_id; empty in what earlier builds noted
 }
+
+// boot is the host's boot_id.
+var boot = sync.OnceValues(func() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id)), err
+})
 
 // Identify gives the process that has this pid now. The error is
 // os.ErrProcessDone when there is none.
@@ -35,7 +43,16 @@ func Identify(pid int) (ID, error) {
 	if err != nil {
 		return ID{}, fmt.Errorf("identify process %d: %w", pid, err)
 	}
-	return ID{PID: pid, Start: start}, nil
+	id := ID{PID: pid, Start: start}
+	if id.Boot, err = boot(); err != nil {
+		return ID{}, fmt.Errorf("identify process %d: %w", pid, err)
+	}
+	return id, nil
+}
+
+// same reports whether p, as it may have been noted long ago, is the process now.
+func (p ID) same(now ID) bool {
+	return p.PID == now.PID && p.Start == now.Start && (p.Boot == "" || p.Boot == now.Boot)
 }
 
 // Indices into what readStat returns.
@@ -83,7 +100,7 @@ func (p ID) Open() (*Handle, error) {
 	}
 	h := &Handle{ID: p, pidfd: os.NewFile(uintptr(fd), "pidfd")}
 	// Only now is the pid ours for certain, so only now is it compared.
-	if now, err := Identify(p.PID); err != nil || now != p {
+	if now, err := Identify(p.PID); err != nil || !p.same(now) {
 		h.Close()
 		return nil, os.ErrProcessDone
 	}

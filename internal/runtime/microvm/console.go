@@ -40,7 +40,7 @@ func makeConsole(m Machine) error {
 
 // console reads what the machine's serial port says and keeps the last of it, in a
 // file: from it the reason of an end is known, also to a later agent. One process
-// reads at a time.
+// reads at a time. A nil console says nothing.
 type console struct {
 	pipe *os.File
 	log  *os.File // locked by who reads the pipe
@@ -88,6 +88,9 @@ func openConsole(m Machine) (_ *console, err error) {
 
 // follow reads until interrupt is called and ctx has ended.
 func (c *console) follow(ctx context.Context) {
+	if c == nil {
+		return
+	}
 	limit := rate.NewLimiter(consoleRate, consoleBurst)
 	buf := make([]byte, consoleBurst)
 	for c.mine {
@@ -100,11 +103,18 @@ func (c *console) follow(ctx context.Context) {
 }
 
 // interrupt ends a read under way.
-func (c *console) interrupt() { _ = c.pipe.SetReadDeadline(time.Now()) }
+func (c *console) interrupt() {
+	if c != nil {
+		_ = c.pipe.SetReadDeadline(time.Now())
+	}
+}
 
 // drain takes what is in the pipe when nobody writes to it any more. Whoever else
 // reads it does the same now, and is waited for.
 func (c *console) drain() {
+	if c == nil {
+		return
+	}
 	if !c.mine {
 		if err := unix.Flock(int(c.log.Fd()), unix.LOCK_EX); err != nil {
 			return
@@ -141,6 +151,9 @@ func (c *console) add(data []byte) {
 }
 
 func (c *console) text() []byte {
+	if c == nil {
+		return nil
+	}
 	data, err := io.ReadAll(io.NewSectionReader(c.log, 0, 4*consoleKept))
 	if err != nil {
 		return nil
@@ -198,6 +211,9 @@ func LastWords(m Machine) string {
 }
 
 func (c *console) close() {
+	if c == nil {
+		return
+	}
 	c.pipe.Close()
 	c.log.Close() // unlocks it
 }

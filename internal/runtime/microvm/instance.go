@@ -63,8 +63,9 @@ func (r *Runtime) open(st state) (*instance, error) {
 	}
 	console, err := openConsole(st.Machine)
 	if err != nil {
-		engine.Close()
-		return nil, err
+		// The machine runs without it as well; why it ends is not known then. The
+		// directory is the monitor's, which may have been taken over.
+		r.cfg.Log.Warn("a machine's console cannot be read", "sandbox", st.Machine.ID, "err", err)
 	}
 	i := &instance{rt: r, id: st.Machine.ID, state: st, raw: raw, engine: engine, console: console, done: make(chan struct{})}
 	reading := make(chan struct{})

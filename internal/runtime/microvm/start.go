@@ -286,6 +286,6 @@ func (r *Runtime) prepare(ctx context.Context, cfg runtime.Config, m Machine, im
 	})
 }
 
-// monitorTasks is how many threads a monitor may have. The guest's processes are
-// not among them.
-const monitorTasks = 64
+// monitorTasks is how many threads a monitor may have: for processors, and QEMU's up to
+// 64 for a disk, without which it aborts. The guest's processes are not among them.
+const monitorTasks = 512
