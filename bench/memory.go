@@ -186,6 +186,23 @@ func (b *memoryBench) bare(ctx context.Context, pages []int) (time.Duration, err
 	return a.Took, done()
 }
 
+// loop is what faults cost with next to no pager: a process that does nothing but put
+// in, from memory, what is touched.
+func (b *memoryBench) loop(ctx context.Context, around int, pages []int) (_ time.Duration, err error) {
+	socket := filepath.Join(b.dir, "loop.sock")
+	defer os.Remove(socket)
+	_, end, _, err := b.child(ctx, memoryOrder{Mode: "serve", Socket: socket, File: b.layer, Size: b.size, Around: around})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	a, done, _, err := b.child(ctx, memoryOrder{Mode: "touch", Socket: socket, Size: b.size, Threads: 1, Pages: pages})
+	if err != nil {
+		return 0, err
+	}
+	return a.Took, done()
+}
+
 // touch has the pager serve the pages.
 func (b *memoryBench) touch(ctx context.Context, vm pager.VM, threads int, pages []int) (memoryAnswer, error) {
 	b.vms++
@@ -213,21 +230,22 @@ type faultKind struct {
 	metric  string
 	threads int // that touch, and of the pager
 	around  int64
+	piece   int // that a bare loop puts in at once
 	random  bool
 	atMost  float64 // goal: ratio to the floor; 0 for none
 	note    string
 
-	took, waits samples
+	took, waits, loop samples
 }
 
 // measureFaults touches every page once. The floor puts the same pages in without
 // any fault.
 func (b *memoryBench) measureFaults(ctx context.Context) error {
 	kinds := []*faultKind{
-		{metric: "random pages", threads: 1, random: true, atMost: 1 / 0.6, note: "as virtual machines are served: a fault brings up to 64 KiB"},
+		{metric: "random pages", threads: 1, piece: 64 << 10, random: true, atMost: 1 / 0.6, note: "as virtual machines are served: a fault brings up to 64 KiB"},
 		{metric: "random pages, two threads", threads: 2, random: true},
-		{metric: "sequential pages", threads: 1, atMost: 1 / 0.8},
-		{metric: "random pages, a fault each", threads: 1, around: 4096, random: true, atMost: 1 / 0.6, note: "while a working set is recorded; the floor has no faults"},
+		{metric: "sequential pages", threads: 1, piece: 256 << 10, atMost: 1 / 0.8},
+		{metric: "random pages, a fault each", threads: 1, around: 4096, piece: 4096, random: true, atMost: 1 / 0.6, note: "while a working set is recorded; the floor has no faults"},
 		{metric: "random pages, a fault each, two threads", threads: 2, around: 4096, random: true},
 	}
 	inOrder := make([]int, b.size/4096)
@@ -252,6 +270,13 @@ func (b *memoryBench) measureFaults(ctx context.Context) error {
 				return err
 			}
 			k.took = append(k.took, perPage(a.Took))
+			if k.threads == 1 {
+				d, err := b.loop(ctx, k.piece, order[k.random])
+				if err != nil {
+					return err
+				}
+				k.loop = append(k.loop, perPage(d))
+			}
 			for i := 0; i < len(a.Waits); i += 61 { // enough of them, and at no step of the pager
 				k.waits = append(k.waits, float64(a.Waits[i])/1e3)
 			}
@@ -267,6 +292,10 @@ func (b *memoryBench) measureFaults(ctx context.Context) error {
 			r = r.noted("%.0f pages/s; %s", 1e6/r.P50, k.note)
 		}
 		b.report(r, k.waits.result(k.metric+": wait", "µs"))
+		if len(k.loop) > 0 {
+			r := k.loop.result(k.metric+": a bare loop", "µs per page")
+			b.report(r.noted("the least that such faults take: served by another process, %d KiB each, of nothing but system calls", k.piece>>10))
+		}
 	}
 	return nil
 }

@@ -2,9 +2,11 @@ package bench
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -20,9 +22,10 @@ import (
 // memoryOrder is what a process that plays a monitor has to do, memoryAnswer what
 // came of it.
 type memoryOrder struct {
-	Mode    string // "touch", "bare", "hold", "dirty"
-	Socket  string // of the pager
-	File    string // "bare": with the bytes; "dirty": what the memory is private over
+	Mode    string // "touch", "bare", "serve", "hold", "dirty"
+	Socket  string // of the pager; "serve": to listen at
+	File    string // "bare", "serve": with the bytes; "dirty": what the memory is private over
+	Around  int    // "serve": bytes that a fault puts in
 	Size    int
 	Threads int   // that touch
 	Pages   []int // to touch, in this order; a thread takes every Threads-th
@@ -56,8 +59,11 @@ func ServeMemoryChild(in io.Reader, out io.Writer) error {
 }
 
 func (o memoryOrder) run() (memoryAnswer, error) {
-	if o.Mode == "dirty" {
+	switch o.Mode {
+	case "dirty":
 		return o.dirty()
+	case "serve":
+		return memoryAnswer{}, o.serve()
 	}
 	m, err := pagertest.Map(o.Size, false)
 	if err != nil {
@@ -100,14 +106,9 @@ func (o memoryOrder) touch(mem []byte) memoryAnswer {
 
 // bare puts the pages in itself, one after the other, from the page cache.
 func (o memoryOrder) bare(m *pagertest.Memory) (memoryAnswer, error) {
-	f, err := os.Open(o.File)
+	from, err := o.mapFile()
 	if err != nil {
 		return memoryAnswer{}, err
-	}
-	defer f.Close()
-	from, err := unix.Mmap(int(f.Fd()), 0, o.Size, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
-	if err != nil {
-		return memoryAnswer{}, fmt.Errorf("map file: %w", err)
 	}
 	begin := time.Now()
 	for _, p := range o.Pages {
@@ -116,6 +117,40 @@ func (o memoryOrder) bare(m *pagertest.Memory) (memoryAnswer, error) {
 		}
 	}
 	return memoryAnswer{Took: time.Since(begin)}, nil
+}
+
+// serve serves the faults of another child.
+func (o memoryOrder) serve() error {
+	from, err := o.mapFile()
+	if err != nil {
+		return err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Socket, Net: "unix"})
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	go func() { // as long as the process
+		runtime.LockOSThread()
+		if err := pagertest.Serve(l, from, o.Around); !errors.Is(err, unix.ESRCH) { // the other has ended
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}()
+	return nil
+}
+
+// mapFile has all of the file in memory.
+func (o memoryOrder) mapFile() ([]byte, error) {
+	f, err := os.Open(o.File)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	from, err := unix.Mmap(int(f.Fd()), 0, o.Size, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, fmt.Errorf("map file: %w", err)
+	}
+	return from, nil
 }
 
 // dirty holds memory that is private over a file, and of which it has written
