@@ -28,9 +28,10 @@ type Layer struct {
 	file    *os.File
 	content io.ReaderAt // the file, or what it was before it was compressed
 
-	once sync.Once
-	sums []byte // 4 bytes for each block
-	err  error
+	checks *checks
+
+	mapOnce sync.Once
+	mapped  []byte // the blocks; nil where they cannot be mapped
 }
 
 // File is the layer's file, open for reading, with the blocks at its start; nil of a
@@ -55,7 +56,7 @@ func openLayer(path string, ref layerRef) (*Layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Layer{ref: ref, file: file, content: content}
+	l := &Layer{ref: ref, file: file, content: content, checks: &checks{}}
 	if size != l.Size()+int64(ref.blocks)*4+footerSize {
 		file.Close()
 		return nil, damaged("layer %s has %d bytes", ref.fileName(), size)
@@ -82,10 +83,21 @@ func IsLayer(name string) bool {
 	return strings.HasPrefix(name, "memory-") && strings.HasSuffix(strings.TrimSuffix(name, compressedSuffix), ".layer")
 }
 
-// load reads the checksums, once.
-func (l *Layer) load() error {
-	l.once.Do(func() { l.sums, l.err = l.readSums() })
-	return l.err
+// load gives the checksums, and reads them the first time.
+func (l *Layer) load() ([]byte, error) {
+	if sums := l.checks.sums.Load(); sums != nil {
+		return *sums, nil
+	}
+	l.checks.loading.Lock()
+	defer l.checks.loading.Unlock()
+	if sums := l.checks.sums.Load(); sums != nil {
+		return *sums, nil
+	}
+	sums, err := l.readSums()
+	if err == nil {
+		l.checks.sums.Store(&sums)
+	}
+	return sums, err
 }
 
 func (l *Layer) readSums() ([]byte, error) {
@@ -102,25 +114,71 @@ func (l *Layer) readSums() ([]byte, error) {
 
 // Check compares blocks, which were read from at on, with their checksums.
 func (l *Layer) Check(p []byte, at int64) error {
-	if err := l.load(); err != nil {
+	sums, err := l.load()
+	if err != nil {
 		return err
 	}
-	for i := at / BlockSize; len(p) > 0; i, p = i+1, p[BlockSize:] {
-		if crc32.Checksum(p[:BlockSize], castagnoli) != binary.LittleEndian.Uint32(l.sums[i*4:]) {
+	first, n := uint64(at/BlockSize), uint64(len(p)/BlockSize)
+	for i := first; len(p) > 0; i, p = i+1, p[BlockSize:] {
+		if crc32.Checksum(p[:BlockSize], castagnoli) != binary.LittleEndian.Uint32(sums[i*4:]) {
 			return damaged("block %d of layer %s is not what was written", i, l.ref.fileName())
 		}
 	}
+	l.checks.note(first, n)
 	return nil
 }
 
+// bytes gives blocks from at on, checked: read into p, or the file's own where they were
+// found good before. Those are for the kernel to read and not for us: where the disk
+// fails, it gives an error.
+func (l *Layer) bytes(p []byte, at int64) ([]byte, error) {
+	const few = 32 << 10 // of these a copy takes less than to map what is around them
+	if !l.checks.has(uint64(at/BlockSize), uint64(len(p)/BlockSize)) {
+		return p, l.read(p, at)
+	}
+	if m := l.mapping(); m != nil && len(p) >= few {
+		// The kernel copies faster what is mapped already.
+		if b := m[at:][:len(p)]; unix.Madvise(b, unix.MADV_POPULATE_READ) == nil {
+			return b, nil
+		}
+	}
+	return p, l.readUnchecked(p, at)
+}
+
+func (l *Layer) mapping() []byte {
+	l.mapOnce.Do(func() {
+		if l.compressed() || l.Size() == 0 {
+			return
+		}
+		if m, err := unix.Mmap(int(l.file.Fd()), 0, int(l.Size()), unix.PROT_READ, unix.MAP_SHARED); err == nil {
+			l.mapped = m
+		}
+	})
+	return l.mapped
+}
+
+func (l *Layer) close() {
+	l.file.Close()
+	if l.mapped != nil {
+		_ = unix.Munmap(l.mapped) // fails for no reason that is in our hands
+	}
+}
+
 func (l *Layer) read(p []byte, at int64) error {
+	if err := l.readUnchecked(p, at); err != nil {
+		return err
+	}
+	return l.Check(p, at)
+}
+
+func (l *Layer) readUnchecked(p []byte, at int64) error {
 	if _, err := l.content.ReadAt(p, at); err != nil {
 		if errors.Is(err, io.EOF) {
 			return damaged("layer %s has become shorter", l.ref.fileName())
 		}
 		return fmt.Errorf("read layer: %w", err)
 	}
-	return l.Check(p, at)
+	return nil
 }
 
 func (l *Layer) cached(at int64) bool {

@@ -90,7 +90,7 @@ func open(dir string) (_ *Image, err error) {
 // Close closes the layers.
 func (img *Image) Close() error {
 	for _, l := range img.layers {
-		l.file.Close()
+		l.close()
 	}
 	return nil
 }
@@ -207,7 +207,8 @@ func full(err error) error {
 // Cached says whether the first block is in memory already, as one that is zero is.
 func (r Run) Cached() bool { return r.Layer == nil || r.Layer.cached(r.At) }
 
-// Read fills p, of whole blocks and no longer than the run, from the run's start,
-// and checks what it reads. A mapping of the layer would be no faster: the check
-// has to bring the bytes into the CPU's cache anyway.
-func (r Run) Read(p []byte) error { return r.read(p) }
+// Bytes gives as many bytes of the run as p has, from its start and checked. The run has
+// a layer, and p is of whole blocks and no longer than the run. The bytes are in p, or
+// somewhere as long as the image is open: they are for a system call, which fails where
+// reading them could end the program.
+func (r Run) Bytes(p []byte) ([]byte, error) { return r.Layer.bytes(p, r.At) }

@@ -251,7 +251,8 @@ func (g *guest) load(offset, length int64, buf []byte) ([]byte, int64, error) {
 	if run.Layer == nil {
 		return nil, length, nil
 	}
-	return buf[:length], length, run.Read(buf[:length])
+	data, err := run.Bytes(buf[:length])
+	return data, length, err
 }
 
 // install has the kernel put pages in.

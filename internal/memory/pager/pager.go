@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn/wrenn/internal/memory"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -62,6 +63,8 @@ type Pager struct {
 
 	ctx context.Context // ends what serves virtual machines
 	wg  sync.WaitGroup
+
+	checks memory.Checks // of all images
 
 	mu  sync.Mutex
 	vms map[string]*attachment
@@ -205,7 +208,7 @@ func (p *Pager) register(vm VM) error {
 	if len(p.vms) >= maxVMs {
 		return sandbox.Errorf(sandbox.ErrExhausted, "%d virtual machines are registered", len(p.vms))
 	}
-	a, err := attach(vm, p.log, p.hook, p.noteMonitors)
+	a, err := attach(vm, &p.checks, p.log, p.hook, p.noteMonitors)
 	if err != nil {
 		return err
 	}

@@ -101,12 +101,12 @@ type attachment struct {
 	prefetched time.Duration
 }
 
-func attach(vm VM, log *slog.Logger, hook func(string), note func() error) (_ *attachment, err error) {
+func attach(vm VM, checks *memory.Checks, log *slog.Logger, hook func(string), note func() error) (_ *attachment, err error) {
 	if err := vm.check(); err != nil {
 		return nil, err
 	}
 	a := &attachment{vm: vm, log: log.With("vm", vm.ID), hook: hook, note: note, state: StateWaiting, done: make(chan struct{})}
-	if a.image, err = memory.Open(vm.Image); err != nil {
+	if a.image, err = checks.Open(vm.Image); err != nil {
 		return nil, err
 	}
 	defer func() {
