@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"log/slog"
+	"os"
 	"os/signal"
 	"runtime/debug"
 	"syscall"
@@ -15,6 +16,10 @@ import (
 // pagerMemory is what the pager's own memory is kept to, with the images of
 // virtual machines left out: those are in the page cache.
 const pagerMemory = 512 << 20
+
+// lastToGo is the pager's oom_score_adj: when the host has no memory left, the kernel
+// ends one virtual machine rather than the pager, which would be all of them.
+const lastToGo = "-999"
 
 func newPagerCmd() *cobra.Command {
 	var socket string
@@ -32,6 +37,9 @@ SIGTERM, those that it serves end too.`,
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+			if err := os.WriteFile("/proc/self/oom_score_adj", []byte(lastToGo), 0); err != nil {
+				log.Warn("the kernel may end the pager before the machines that it serves when memory is short", "err", err)
+			}
 			at := cmp.Or(socket, dataDir(dataFlag(cmd)).pagerSocket())
 			return pager.Serve(ctx, at, log, func() { pager.PrintReady(cmd.OutOrStdout()) })
 		},

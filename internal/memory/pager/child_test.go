@@ -3,9 +3,11 @@ package pager
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -51,6 +53,9 @@ func TestMain(m *testing.M) {
 }
 
 func (o childOrder) run() error {
+	if o.Mode == "pager" {
+		return Serve(context.Background(), o.Socket, slog.New(slog.NewTextHandler(os.Stderr, nil)), func() { PrintReady(os.Stdout) })
+	}
 	debug.SetGCPercent(-1) // it would wait for threads that wait for pages
 	runtime.GOMAXPROCS(o.Threads + 2)
 	m, err := pagertest.Map(o.Size, o.Huge)

@@ -99,8 +99,8 @@ func (c *Client) Close() error {
 	return err
 }
 
-// Gone is closed when the pager has ended, or Close was called. The monitors of
-// its virtual machines hang then, and have to be ended.
+// Gone is closed when the pager has ended, or Close was called. The monitors of the
+// virtual machines of one that has ended hang until there is another.
 func (c *Client) Gone() <-chan struct{} { return c.gone }
 
 func (c *Client) read() {

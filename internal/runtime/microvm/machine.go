@@ -3,6 +3,7 @@ package microvm
 import (
 	"context"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 
@@ -54,6 +55,10 @@ type Monitor interface {
 	// Spare is what the monitor's processes may take besides the machine's memory, in
 	// MiB; loaded says that it comes from an image.
 	Spare(m Machine, loaded bool) int64
+
+	// Watch keeps running what machines need besides their monitors, and returns when
+	// ctx has ended, without ending any of it. A runtime calls it once.
+	Watch(ctx context.Context, log *slog.Logger)
 
 	// Ended is told that a machine of this id is no more, however far it came, so
 	// that what is kept of it outside its directory is dropped. It may be repeated.

@@ -54,7 +54,8 @@ type Runtime struct {
 
 var _ runtime.Runtime = (*Runtime)(nil)
 
-// New prepares the runtime. It starts nothing; Probe says whether it works here.
+// New prepares the runtime, which ends with Close. It starts no machine; Probe says
+// whether it works here.
 func New(cfg Config) (*Runtime, error) {
 	if cfg.Tag == "" || !filepath.IsAbs(cfg.Disks) {
 		return nil, fmt.Errorf("new %s runtime: need an absolute path and a tag, got %q, %q", cfg.Monitor.Name(), cfg.Disks, cfg.Tag)
@@ -68,7 +69,9 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, fmt.Errorf("new %s runtime: %w", cfg.Monitor.Name(), err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	return &Runtime{cfg: cfg, cgroups: cgroups, disks: disks, ctx: ctx, stop: stop, compacting: make(chan struct{}, 1), claimed: map[sandbox.ID]bool{}}, nil
+	r := &Runtime{cfg: cfg, cgroups: cgroups, disks: disks, ctx: ctx, stop: stop, compacting: make(chan struct{}, 1), claimed: map[sandbox.ID]bool{}}
+	r.work.Go(func() { cfg.Monitor.Watch(ctx, cfg.Log) })
+	return r, nil
 }
 
 // Name implements runtime.Runtime.

@@ -27,9 +27,20 @@ func TestMain(m *testing.M) {
 	if fake.IsProgram() {
 		os.Exit(fake.Main())
 	}
+	if socket := os.Getenv(pagerEnv); socket != "" {
+		log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+		if err := pager.Serve(context.Background(), socket, log, func() { pager.PrintReady(os.Stdout) }); err != nil {
+			log.Error("the pager ends", "err", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	os.Setenv("GORACE", "atexit_sleep_ms=0") // else each fake takes a second to end
 	os.Exit(m.Run())
 }
+
+// pagerEnv has the socket of a pager that this program is to be.
+const pagerEnv = "WRENN_TEST_PAGER"
 
 // versions are one of each that differs.
 var versions = []string{"1.12.1", "1.13.0", "1.14.0", "1.15.1", "1.16.0", "1.16.1"}

@@ -33,6 +33,7 @@ type Config struct {
 type Monitor struct {
 	cfg     Config
 	can     Capabilities
+	pager   *pager.Keeper // nil: memory comes out of files
 	version string
 	jailer  string // path; empty: there is none
 	without string // why
@@ -61,7 +62,11 @@ func New(ctx context.Context, cfg Config) (*Monitor, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Monitor{cfg: cfg, can: can, jailer: jailer, without: without, version: fmt.Sprintf("%s (%s, Linux %s)", v, processor(), hostRelease())}, nil
+	f := &Monitor{cfg: cfg, can: can, jailer: jailer, without: without, version: fmt.Sprintf("%s (%s, Linux %s)", v, processor(), hostRelease())}
+	if cfg.Pager != nil {
+		f.pager = pager.NewKeeper(cfg.PagerSocket, cfg.Pager)
+	}
+	return f, nil
 }
 
 // Name implements microvm.Monitor.

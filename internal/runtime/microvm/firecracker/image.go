@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -67,7 +68,7 @@ func (f *Monitor) Load(ctx context.Context, m microvm.Machine, saved string) (id
 // backend prepares what the memory of a machine comes from. done is called once it
 // is loaded.
 func (f *Monitor) backend(ctx context.Context, m microvm.Machine, image *memory.Image, saved string) (b MemoryBackend, done func(), err error) {
-	if f.cfg.Pager != nil && faultsServed() {
+	if f.pager != nil && faultsServed() {
 		return f.throughPager(ctx, m, saved)
 	}
 	path := filepath.Join(m.Run(), memoryName)
@@ -95,7 +96,7 @@ func faultsServed() bool {
 }
 
 func (f *Monitor) throughPager(ctx context.Context, m microvm.Machine, saved string) (b MemoryBackend, done func(), err error) {
-	p, err := f.cfg.Pager(ctx)
+	p, err := f.pager.Connect(ctx)
 	if err != nil {
 		return b, nil, err
 	}
@@ -105,6 +106,13 @@ func (f *Monitor) throughPager(ctx context.Context, m microvm.Machine, saved str
 		WorkingSet: filepath.Join(saved, workingSet), ReasonFile: m.Reason(),
 	})
 	return MemoryBackend{Kind: Uffd, Path: runDir + "/" + uffdName}, func() {}, err
+}
+
+// Watch implements microvm.Monitor.
+func (f *Monitor) Watch(ctx context.Context, log *slog.Logger) {
+	if f.pager != nil {
+		f.pager.Watch(ctx, log)
+	}
 }
 
 // Ended implements microvm.Monitor.

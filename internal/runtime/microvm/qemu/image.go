@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -119,6 +120,9 @@ func (*Monitor) Spare(m microvm.Machine, loaded bool) int64 {
 	}
 	return spare
 }
+
+// Watch implements microvm.Monitor: a machine needs nothing else.
+func (*Monitor) Watch(context.Context, *slog.Logger) {}
 
 // Ended implements microvm.Monitor: all of a machine is in its directory.
 func (*Monitor) Ended(context.Context, sandbox.ID) error { return nil }

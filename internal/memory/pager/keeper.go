@@ -1,0 +1,94 @@
+package pager
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"time"
+)
+
+// Keeper has a pager run for as long as it is wanted. The virtual machines of one that
+// was killed hang until the next one ends them, so that comes at once.
+type Keeper struct {
+	socket string
+	start  func(context.Context) (*Client, error)
+	turn   chan struct{} // has a token while nobody starts a pager: two would be in each other's way
+	wanted chan struct{} // has a token once somebody has asked for one
+}
+
+// NewKeeper keeps the pager at socket, with start to connect to it and to start it if
+// there is none.
+func NewKeeper(socket string, start func(context.Context) (*Client, error)) *Keeper {
+	k := &Keeper{socket: socket, start: start, turn: make(chan struct{}, 1), wanted: make(chan struct{}, 1)}
+	k.turn <- struct{}{}
+	return k
+}
+
+// Connect connects to the pager, and starts it if there is none.
+func (k *Keeper) Connect(ctx context.Context) (*Client, error) {
+	select {
+	case <-k.turn:
+		defer func() { k.turn <- struct{}{} }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	c, err := k.start(ctx)
+	select {
+	case k.wanted <- struct{}{}:
+	default:
+	}
+	return c, err
+}
+
+// A pager that ends as soon as it is started, or does not start, is not started again
+// and again without a pause.
+const (
+	shortestLife = time.Second
+	longestPause = time.Minute
+)
+
+// Watch starts a pager whenever there is none, until ctx ends: from the first Connect
+// on, or at once where one has served virtual machines before.
+func (k *Keeper) Watch(ctx context.Context, log *slog.Logger) {
+	if _, err := os.Stat(monitorsFile(k.socket)); err != nil {
+		select {
+		case <-k.wanted:
+		case <-ctx.Done():
+			return
+		}
+	}
+	for wait := shortestLife; ctx.Err() == nil; {
+		begin := time.Now()
+		err := k.hold(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			log.Error("there is no pager: virtual machines that need it hang", "err", err)
+		default:
+			log.Error("the pager has ended, and with it the virtual machines that need it; another one is started")
+		}
+		if err == nil && time.Since(begin) > shortestLife {
+			wait = shortestLife
+			continue
+		}
+		if pause(ctx, wait) != nil {
+			return
+		}
+		wait = min(2*wait, longestPause)
+	}
+}
+
+// hold returns when the pager has ended, or ctx has.
+func (k *Keeper) hold(ctx context.Context) error {
+	c, err := k.Connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	select {
+	case <-c.Gone():
+	case <-ctx.Done():
+	}
+	return nil
+}

@@ -1,0 +1,140 @@
+package pager
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/wrenn/wrenn/internal/process"
+)
+
+// keep is a keeper of pagers that are processes of their own.
+func keep(t *testing.T, socket string) *Keeper {
+	t.Helper()
+	order, err := json.Marshal(childOrder{Mode: "pager", Socket: socket})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(socket + ".log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := End(context.Background(), socket); err != nil {
+			t.Error(err)
+		}
+		log.Close()
+		said, err := os.ReadFile(log.Name())
+		t.Logf("%s (%v)", said, err)
+	})
+	return NewKeeper(socket, func(ctx context.Context) (*Client, error) {
+		return Start(ctx, socket, []string{"env", childEnv + "=" + string(order), os.Args[0]}, log)
+	})
+}
+
+// watch has a keeper watch until the end of the test, or until stop is called.
+func watch(t *testing.T, k *Keeper) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { k.Watch(ctx, slog.New(slog.NewTextHandler(t.Output(), nil))) })
+	stop = func() {
+		cancel()
+		wg.Wait()
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// kill ends the pager of a client as the kernel does when memory is short.
+func kill(t *testing.T, c *Client) process.ID {
+	t.Helper()
+	h, err := peer(c.conn.(*net.UnixConn), os.Geteuid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	if err := h.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-c.Gone()
+	return h.ID
+}
+
+// TestPagerKilled kills the pager under virtual machines: they end at once and with a
+// reason, though nobody asks for the pager; also when nobody watched as it was killed.
+func TestPagerKilled(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, 64, 1, nil)
+	socket := f.dir + "/killed"
+	k := keep(t, socket)
+	stop := watch(t, k)
+	for _, watched := range []bool{true, false} {
+		var err error
+		if f.client, err = k.Connect(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.client.Close() })
+		vm := f.vm(fmt.Sprint("watched-", watched))
+		vm.Around, vm.ReasonFile = 4096, f.dir+"/reason-"+vm.ID
+		m := f.monitor(t, vm, "script", 1, false)
+		if got := m.ask(t, "read 3"); got != fmt.Sprint(f.data[3*4096]) {
+			t.Errorf("the page reads %s", got)
+		}
+		if !watched {
+			stop()
+		}
+		was := kill(t, f.client)
+		m.say(t, "read 40")
+		if !watched {
+			k = keep(t, socket) // the next agent's
+			watch(t, k)
+		}
+		var exit *exec.ExitError
+		if err := m.cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+			t.Errorf("the monitor ends with %v, want it killed", err)
+		}
+		if why, err := os.ReadFile(vm.ReasonFile); err != nil || string(why) != "its pager was killed" {
+			t.Errorf("the reason is %q (%v)", why, err)
+		}
+		again, err := k.Connect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer again.Close()
+		now, err := peer(again.conn.(*net.UnixConn), os.Geteuid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		now.Close()
+		if now.ID == was {
+			t.Error("the pager is the one that was killed")
+		}
+	}
+}
+
+// TestConnectTogether asks for a pager from many goroutines before there is one.
+func TestConnectTogether(t *testing.T) {
+	t.Parallel()
+	k := keep(t, t.TempDir()+"/pager")
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			c, err := k.Connect(t.Context())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			c.Close()
+		})
+	}
+	wg.Wait()
+}
