@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/agent"
 	"github.com/wrenn/wrenn/internal/disk"
+	"github.com/wrenn/wrenn/internal/kvm"
 	"github.com/wrenn/wrenn/internal/memory/pager"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
@@ -22,6 +23,7 @@ import (
 	"github.com/wrenn/wrenn/internal/runtime/microvm/firecracker"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/qemu"
+	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
 // The runtimes that --runtime takes.
@@ -143,6 +145,9 @@ func mountDisks(ctx context.Context, dir dataDir) error {
 	} else if err != nil {
 		return err
 	}
+	if mounted, err := disk.Mounted(dir.agent()); err != nil || mounted {
+		return err
+	}
 	hidden, err := agent.Runtimes(dir.agent())
 	if err != nil || len(hidden) > 0 { // sandboxes are never mounted over
 		return err
@@ -160,6 +165,12 @@ func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog
 		return nil
 	}
 	reflinks, err := disk.HoldsReflinks(dir.agent())
+	if errors.Is(err, sandbox.ErrExhausted) {
+		// Whoever wants to make room needs a platform that runs. Without reflinks disks
+		// are copied.
+		log.Warn("the disk is full: delete snapshots and sandboxes that are not needed", "err", err)
+		return nil
+	}
 	if err != nil || reflinks {
 		return err
 	}
@@ -218,7 +229,7 @@ func openGVisor(dir dataDir, log *slog.Logger) (engine, error) {
 }
 
 func newQEMU(ctx context.Context, dir dataDir, k kernel.Kernel, log *slog.Logger) (*qemu.Monitor, error) {
-	accelerator, why, err := qemu.Choose(ctx, k, filepath.Join(string(dir), "kvm.json"))
+	accelerator, why, err := qemu.Choose(ctx, k, filepath.Join(string(dir), kvm.QEMUVerdict))
 	if err != nil {
 		return nil, err
 	}

@@ -110,7 +110,9 @@ func copyRange(ctx context.Context, out, in *os.File, from, to int64) error {
 	return nil
 }
 
-// HoldsReflinks says whether files below dir can share blocks, by trying it.
+// HoldsReflinks says whether files below dir can share blocks, by trying it, and whether
+// their holes are as fine as pages of memory: where they are not, what was never written
+// next to what was looks like zeroes that were. An error says neither.
 func HoldsReflinks(dir string) (bool, error) {
 	src, err := os.CreateTemp(dir, ".reflink-")
 	if err != nil {
@@ -124,10 +126,23 @@ func HoldsReflinks(dir string) (bool, error) {
 	}
 	defer os.Remove(dst.Name())
 	defer dst.Close()
-	if _, err := src.Write(make([]byte, 4096)); err != nil {
+	const page, at, size = 4096, 64 << 10, 256 << 10
+	if err := src.Truncate(size); err != nil {
 		return false, fmt.Errorf("try reflinks: %w", Full(err))
 	}
-	return unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil, nil
+	if _, err := src.WriteAt(make([]byte, page), at); err != nil {
+		return false, fmt.Errorf("try reflinks: %w", Full(err))
+	}
+	err = unix.IoctlFileClone(int(dst.Fd()), int(src.Fd()))
+	switch {
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EXDEV), errors.Is(err, unix.ENOSYS):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("try reflinks: %w", Full(err))
+	}
+	data, derr := unix.Seek(int(dst.Fd()), 0, unix.SEEK_DATA)
+	hole, herr := unix.Seek(int(dst.Fd()), at, unix.SEEK_HOLE)
+	return derr == nil && herr == nil && data == at && hole == at+page, nil
 }
 
 // Full gives an error of a full disk its kind: sandbox.ErrExhausted. Others, and nil,

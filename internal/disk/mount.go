@@ -60,6 +60,18 @@ func mount(ctx context.Context, dir, file string, size int64) error {
 	return nil
 }
 
+// Mounted says whether a file system is mounted at dir.
+func Mounted(dir string) (bool, error) {
+	var here, above unix.Stat_t
+	if err := unix.Stat(dir, &here); err != nil {
+		return false, fmt.Errorf("look at %s: %w", dir, err)
+	}
+	if err := unix.Stat(filepath.Dir(filepath.Clean(dir)), &above); err != nil {
+		return false, fmt.Errorf("look at %s: %w", dir, err)
+	}
+	return here.Dev != above.Dev, nil
+}
+
 // Unmount undoes Mount; the file stays. What is in use stays until it is not. It is
 // idempotent.
 func Unmount(dir string) error {

@@ -62,6 +62,7 @@ func Check(ctx context.Context, opts Options) []Result {
 		monitors(),
 		h.tap(),
 		guestKernel(opts.DataDir),
+		linuxInKVM(opts.DataDir),
 		reflinks(opts.DataDir),
 	}
 	if opts.Listen != "" {

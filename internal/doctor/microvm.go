@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/kvm"
 )
 
 // What only virtual machines need is never more than a warning: without it
@@ -29,7 +31,7 @@ func (h host) kvm() Result {
 	if got, err := unix.IoctlRetInt(int(f.Fd()), getVersion); err != nil || got != version {
 		return warn(name, "load the host's own KVM module", "/dev/kvm does not answer as KVM does (%d, %v)", got, err)
 	}
-	return ok(name, "/dev/kvm answers")
+	return ok(name, "/dev/kvm answers; whether it boots Linux is another matter")
 }
 
 // monitors says which programs there are that run virtual machines.
@@ -70,10 +72,26 @@ func guestKernel(dir string) Result {
 	return ok(name, "%s", filepath.Base(at))
 }
 
+// linuxInKVM says what came of booting the guest's kernel, when that was tried: where
+// it cannot, sandboxes run in gVisor unless the operator wants emulated machines.
+func linuxInKVM(dir string) Result {
+	const name = "linux in kvm"
+	for _, file := range []string{kvm.FirecrackerVerdict, kvm.QEMUVerdict} {
+		switch v, err := kvm.Read(filepath.Join(dir, file)); {
+		case err != nil:
+		case v.Refusal == "":
+			return ok(name, "%s boots the guest kernel", v.Monitor)
+		default:
+			return warn(name, "for fast virtual machines: a host whose KVM boots Linux", "%s does not boot the guest kernel: %s", v.Monitor, v.Refusal)
+		}
+	}
+	return ok(name, "not tried yet: `wrenn up --runtime firecracker` or qemu does")
+}
+
 // reflinks says whether files of the data directory can share blocks.
 func reflinks(dir string) Result {
 	const name = "reflinks"
-	at := nearest(dir)
+	at := nearest(filepath.Join(dir, "agent")) // which may be a file system of its own
 	err := tryReflink(at)
 	if err == nil {
 		return ok(name, "files at %s share their blocks", at)

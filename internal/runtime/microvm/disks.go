@@ -31,6 +31,8 @@ type disks struct {
 const (
 	imageExt  = ".ext4"
 	sourceExt = ".source" // beside a template's image: the path of the template
+
+	unreadyExt = ".new"
 )
 
 // openDisks removes what belongs to templates that are gone, and what a kill left
@@ -39,34 +41,74 @@ func openDisks(dir string, log *slog.Logger) (*disks, error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make directory of disk images: %w", err)
 	}
-	sources, _ := filepath.Glob(filepath.Join(dir, "*"+sourceExt))
-	for _, path := range sources {
-		source, err := os.ReadFile(path)
-		if err != nil {
-			continue
-		}
-		if _, err := os.Stat(string(source)); errors.Is(err, fs.ErrNotExist) {
-			log.Info("removing the disk image of a template that is gone", "template", string(source))
-			os.Remove(strings.TrimSuffix(path, sourceExt) + imageExt)
-			os.Remove(path)
-		}
+	d := &disks{dir: dir, log: log}
+	if err := d.sweep(); err != nil {
+		return nil, fmt.Errorf("sweep disk images: %w", err)
 	}
-	return &disks{dir: dir, log: log}, nil
+	return d, nil
 }
 
-// template gives the image of the template whose root filesystem is in the
-// directory rootfs.
-func (d *disks) template(ctx context.Context, rootfs string) (string, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(rootfs, &st); err != nil {
+func (d *disks) sweep() error {
+	entries, err := os.ReadDir(d.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		name := e.Name()
+		path := filepath.Join(d.dir, name)
+		switch {
+		case strings.HasPrefix(name, "."), strings.HasSuffix(name, unreadyExt), e.IsDir():
+			err = os.RemoveAll(path)
+		case strings.HasSuffix(name, sourceExt):
+			err = d.sweepTemplate(path)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweepTemplate removes an image if it is not of the template that is there now.
+func (d *disks) sweepTemplate(source string) error {
+	rootfs, err := os.ReadFile(source)
+	if err != nil {
+		return err
+	}
+	image := strings.TrimSuffix(source, sourceExt) + imageExt
+	if now, err := d.templateImage(string(rootfs)); err == nil && now == image {
+		return nil
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	d.log.Info("removing the disk image of a template that is gone", "template", string(rootfs))
+	if err := os.Remove(image); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.Remove(source)
+}
+
+// templateImage names the image of a template. A template is never written; another
+// one at the same path is another directory.
+func (d *disks) templateImage(rootfs string) (string, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, rootfs, 0, unix.STATX_INO|unix.STATX_TYPE|unix.STATX_BTIME, &st); err != nil {
 		return "", fmt.Errorf("open root filesystem: %w", err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return "", fmt.Errorf("open root filesystem: %s is no directory", rootfs)
 	}
-	// A template is never written; another one at the same path is another directory.
-	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d %d %d", rootfs, st.Dev, st.Ino, st.Ctim.Nano()))
-	path := filepath.Join(d.dir, hex.EncodeToString(sum[:16])+imageExt)
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d %d.%d", rootfs, st.Ino, st.Btime.Sec, st.Btime.Nsec))
+	return filepath.Join(d.dir, hex.EncodeToString(sum[:16])+imageExt), nil
+}
+
+// template gives the image of the template whose root filesystem is in the
+// directory rootfs.
+func (d *disks) template(ctx context.Context, rootfs string) (string, error) {
+	path, err := d.templateImage(rootfs)
+	if err != nil {
+		return "", err
+	}
 	return d.once(ctx, path, func(ctx context.Context) error {
 		d.log.Info("making the disk image of a template", "template", rootfs)
 		if err := os.WriteFile(strings.TrimSuffix(path, imageExt)+sourceExt, []byte(rootfs), 0o600); err != nil {
@@ -97,7 +139,7 @@ func (d *disks) agent(ctx context.Context, init string) (string, error) {
 		if err := copyProgram(filepath.Join(dir, "envd"), init); err != nil {
 			return err
 		}
-		unready := path + ".new"
+		unready := path + unreadyExt
 		if err := disk.MakeExt4(ctx, dir, unready); err != nil {
 			return err
 		}

@@ -3,7 +3,6 @@ package firecracker
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn/wrenn/internal/kvm"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -21,45 +21,15 @@ import (
 // second.
 const probeTime = 5 * time.Second
 
-// verdict is what a probe found out, and for what.
-type verdict struct {
-	Host        string `json:"host"` // release of its kernel
-	Boot        string `json:"boot"` // id of the host's boot
-	Firecracker string `json:"firecracker"`
-	Kernel      string `json:"kernel"`
-	Refusal     string `json:"refusal,omitempty"`
-}
-
-const verdictName = "firecracker-probe.json"
-
 // Probe implements microvm.Monitor. That KVM opens and runs a few instructions does
-// not mean that it runs Linux: so it boots one. The verdict holds until the host is
-// booted again, or Firecracker or the guest's kernel is another.
+// not mean that it runs Linux: so it boots one.
 func (f *Monitor) Probe(ctx context.Context, k kernel.Kernel) error {
-	now := verdict{Host: hostRelease(), Boot: bootID(), Firecracker: f.can.Version.String(), Kernel: k.Name}
-	path := filepath.Join(f.cfg.Data, verdictName)
-	if before, ok := readVerdict(path); ok {
-		refusal := before.Refusal
-		before.Refusal = ""
-		if before == now {
-			return refused(refusal)
-		}
-	}
-	err := f.try(ctx, k)
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
+	v, err := kvm.Decide(ctx, filepath.Join(f.cfg.Data, kvm.FirecrackerVerdict), "firecracker "+f.can.Version.String(), k.Name,
+		func(ctx context.Context) error { return f.try(ctx, k) })
 	if err != nil {
-		now.Refusal = err.Error()
+		return err
 	}
-	data, merr := json.Marshal(now)
-	if merr == nil {
-		merr = os.WriteFile(path, data, 0o600)
-	}
-	if merr != nil {
-		return errors.Join(err, fmt.Errorf("keep verdict on firecracker: %w", merr))
-	}
-	return refused(now.Refusal)
+	return refused(v.Refusal)
 }
 
 func refused(words string) error {
@@ -67,12 +37,6 @@ func refused(words string) error {
 		return nil
 	}
 	return &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "Firecracker cannot run here: " + words}
-}
-
-// readVerdict reads the last one. One that makes no sense is none.
-func readVerdict(path string) (v verdict, ok bool) {
-	data, err := os.ReadFile(path)
-	return v, err == nil && json.Unmarshal(data, &v) == nil
 }
 
 func (f *Monitor) try(ctx context.Context, k kernel.Kernel) error {
@@ -129,14 +93,6 @@ func hostRelease() string {
 		return ""
 	}
 	return unix.ByteSliceToString(u.Release[:])
-}
-
-func bootID() string {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(id))
 }
 
 // processor names the host's, on which the state of a machine depends.

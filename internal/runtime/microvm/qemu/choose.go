@@ -2,14 +2,11 @@ package qemu
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"strings"
 	"time"
 
+	"github.com/wrenn/wrenn/internal/kvm"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
 )
 
@@ -17,55 +14,21 @@ import (
 // hangs.
 const kvmTime = 10 * time.Second
 
-// verdict is what came of trying KVM, and what that depends on.
-type verdict struct {
-	Boot   string `json:"boot"` // the host's boot id
-	QEMU   string `json:"qemu"`
-	Kernel string `json:"kernel"`
-	KVM    bool   `json:"kvm"`
-	Reason string `json:"reason,omitempty"` // why not
-}
-
 // Choose says what to run machines with: KVM where it boots the kernel, else
-// emulation, with the reason. What was found is kept in the file, which may be
-// removed at any time, and holds until the host is booted again.
+// emulation, with the reason. What was found is kept in the file.
 func Choose(ctx context.Context, k kernel.Kernel, file string) (Accelerator, string, error) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return TCG, "", err
-	}
 	q, err := New(ctx, Config{Accelerator: KVM})
 	if err != nil {
 		return TCG, "", err
 	}
-	now := verdict{Boot: strings.TrimSpace(string(boot)), QEMU: q.Version(), Kernel: k.SHA256}
-	var known verdict
-	data, err := os.ReadFile(file)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return TCG, "", fmt.Errorf("read what is known of KVM: %w", err)
-	}
-	if err := json.Unmarshal(data, &known); err == nil && known.Boot == now.Boot && known.QEMU == now.QEMU && known.Kernel == now.Kernel {
-		return known.accelerator(), known.Reason, nil
-	}
-	if err := tryKVM(ctx, q, k); err != nil {
-		now.Reason = err.Error()
-	} else {
-		now.KVM = true
-	}
-	if err := ctx.Err(); err != nil {
+	v, err := kvm.Decide(ctx, file, "qemu "+q.Version(), k.SHA256, func(ctx context.Context) error { return tryKVM(ctx, q, k) })
+	if err != nil {
 		return TCG, "", err
 	}
-	if data, err = json.Marshal(now); err != nil {
-		return TCG, "", err
+	if v.Refusal != "" {
+		return TCG, v.Refusal, nil
 	}
-	return now.accelerator(), now.Reason, os.WriteFile(file, data, 0o600)
-}
-
-func (v verdict) accelerator() Accelerator {
-	if v.KVM {
-		return KVM
-	}
-	return TCG
+	return KVM, "", nil
 }
 
 func tryKVM(ctx context.Context, q *Monitor, k kernel.Kernel) error {
