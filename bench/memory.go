@@ -75,6 +75,7 @@ func Memory(ctx context.Context, o MemoryOptions) (_ Report, err error) {
 		{"page faults", b.measureFaults},
 		{"working set", b.measureWorkingSet},
 		{"pause", b.measurePause},
+		{"chain of pauses", b.measureChain},
 	} {
 		progress("memory: %s", part.name)
 		if err := part.measure(ctx); err != nil {
@@ -330,7 +331,7 @@ func (b *memoryBench) measureWorkingSet(ctx context.Context) error {
 			if err := b.cache(cold); err != nil {
 				return err
 			}
-			if d, err = b.prefetch(ctx, path); err != nil {
+			if d, err = b.prefetch(ctx, b.image, path); err != nil {
 				return err
 			}
 			took.addMillis(d)
@@ -373,9 +374,10 @@ func (b *memoryBench) readBlocks(set []uint32) error {
 	return nil
 }
 
-func (b *memoryBench) prefetch(ctx context.Context, set string) (time.Duration, error) {
+// prefetch has the pager put a working set in, and says how long that took.
+func (b *memoryBench) prefetch(ctx context.Context, image, set string) (time.Duration, error) {
 	b.vms++
-	vm := pager.VM{ID: fmt.Sprint("vm", b.vms), Image: b.image, WorkingSet: set, Socket: filepath.Join(b.dir, "set.sock")}
+	vm := pager.VM{ID: fmt.Sprint("vm", b.vms), Image: image, WorkingSet: set, Socket: filepath.Join(b.dir, "set.sock")}
 	if err := b.client.Register(ctx, vm); err != nil {
 		return 0, err
 	}

@@ -9,6 +9,23 @@ import (
 	"strings"
 )
 
+// longChain is how many layers an image may have before they are put together: each
+// pause adds one.
+const longChain = 8
+
+// Shorten compacts the image that lies in dir if it has many layers.
+func Shorten(ctx context.Context, dir string) error {
+	img, err := Open(dir)
+	if err != nil {
+		return err
+	}
+	n := len(img.layers)
+	if err := img.Close(); err != nil || n <= longChain {
+		return err
+	}
+	return Compact(ctx, dir)
+}
+
 // Compact makes the image that lies in dir one of two layers at most, and removes
 // what a kill left there. A layer that makes up most of the image stays as it is:
 // it may be shared with other images. Whoever has the image open goes on with it

@@ -133,16 +133,28 @@ func (l *Layer) Check(p []byte, at int64) error {
 // fails, it gives an error.
 func (l *Layer) bytes(p []byte, at int64) ([]byte, error) {
 	const few = 32 << 10 // of these a copy takes less than to map what is around them
-	if !l.checks.has(uint64(at/BlockSize), uint64(len(p)/BlockSize)) {
-		return p, l.read(p, at)
-	}
-	if m := l.mapping(); m != nil && len(p) >= few {
-		// The kernel copies faster what is mapped already.
-		if b := m[at:][:len(p)]; unix.Madvise(b, unix.MADV_POPULATE_READ) == nil {
-			return b, nil
+	if len(p) >= few && l.known(p, at) {
+		if m := l.mapping(); m != nil {
+			// The kernel copies faster what is mapped already.
+			if b := m[at:][:len(p)]; unix.Madvise(b, unix.MADV_POPULATE_READ) == nil {
+				return b, nil
+			}
 		}
 	}
-	return p, l.readUnchecked(p, at)
+	return p, l.readOnce(p, at)
+}
+
+// readOnce is read, and checks nothing that was checked before.
+func (l *Layer) readOnce(p []byte, at int64) error {
+	if l.known(p, at) {
+		return l.readUnchecked(p, at)
+	}
+	return l.read(p, at)
+}
+
+// known says whether as many bytes as p has, from at on, were found good before.
+func (l *Layer) known(p []byte, at int64) bool {
+	return l.checks.has(uint64(at/BlockSize), uint64(len(p)/BlockSize))
 }
 
 func (l *Layer) mapping() []byte {

@@ -207,6 +207,10 @@ func full(err error) error {
 // Cached says whether the first block is in memory already, as one that is zero is.
 func (r Run) Cached() bool { return r.Layer == nil || r.Layer.cached(r.At) }
 
+// Read fills p, of whole blocks and no longer than the run, from the start of the run,
+// which has a layer. What was not found good before is checked.
+func (r Run) Read(p []byte) error { return r.Layer.readOnce(p, r.At) }
+
 // Bytes gives as many bytes of the run as p has, from its start and checked. The run has
 // a layer, and p is of whole blocks and no longer than the run. The bytes are in p, or
 // somewhere as long as the image is open: they are for a system call, which fails where

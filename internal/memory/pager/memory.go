@@ -247,12 +247,23 @@ func (g *guest) load(offset, length int64, buf []byte) ([]byte, int64, error) {
 		return buf[:length], length, err
 	}
 	run := g.image.Find(offset)
-	length = min(length, run.Length)
 	if run.Layer == nil {
-		return nil, length, nil
+		return nil, min(length, run.Length), nil
 	}
-	data, err := run.Bytes(buf[:length])
-	return data, length, err
+	if run.Length >= length {
+		data, err := run.Bytes(buf[:length])
+		return data, length, err
+	}
+	// What many layers have is put in at once.
+	n := int64(0)
+	for ; n < length && run.Layer != nil; run = g.image.Find(min(offset+n, g.image.Size()-1)) {
+		part := min(run.Length, length-n)
+		if err := run.Read(buf[n:][:part]); err != nil {
+			return nil, 0, err
+		}
+		n += part
+	}
+	return buf[:n], n, nil
 }
 
 // install has the kernel put pages in.
