@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"sync"
@@ -68,7 +69,11 @@ func (o childOrder) run() error {
 		}
 		fmt.Println("ready") // it may be ended as soon as it connects
 	}
-	if err := m.Connect(o.Socket); err != nil {
+	// A monitor has a short path of its own in its jail.
+	if err := os.Chdir(filepath.Dir(o.Socket)); err != nil {
+		return err
+	}
+	if err := m.Connect(filepath.Base(o.Socket)); err != nil {
 		return err
 	}
 	mem := m.Bytes

@@ -20,7 +20,7 @@ import (
 
 // Client asks a pager. It may be used from several goroutines at once.
 type Client struct {
-	conn    net.Conn
+	conn    *net.UnixConn
 	mu      sync.Mutex // a request and its response at a time
 	answers chan response
 	gone    chan struct{} // closed when the connection is
@@ -28,8 +28,7 @@ type Client struct {
 
 // Dial connects to the pager at socket.
 func Dial(ctx context.Context, socket string) (*Client, error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", socket)
+	conn, err := dial(ctx, socket)
 	if err != nil {
 		return nil, fmt.Errorf("connect to pager: %w", err)
 	}

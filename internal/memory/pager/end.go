@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +19,7 @@ func End(ctx context.Context, socket string) error {
 }
 
 func end(ctx context.Context, socket string) error {
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+	conn, err := dial(ctx, socket)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
 		return nil
 	}
@@ -28,7 +27,7 @@ func end(ctx context.Context, socket string) error {
 		return err
 	}
 	defer conn.Close()
-	h, err := peer(conn.(*net.UnixConn), 0)
+	h, err := peer(conn, 0)
 	if errors.Is(err, os.ErrProcessDone) {
 		return nil
 	}

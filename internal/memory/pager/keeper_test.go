@@ -6,9 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -57,7 +57,7 @@ func watch(t *testing.T, k *Keeper) (stop func()) {
 // kill ends the pager of a client as the kernel does when memory is short.
 func kill(t *testing.T, c *Client) process.ID {
 	t.Helper()
-	h, err := peer(c.conn.(*net.UnixConn), os.Geteuid())
+	h, err := peer(c.conn, os.Geteuid())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func TestPagerKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer again.Close()
-		now, err := peer(again.conn.(*net.UnixConn), os.Geteuid())
+		now, err := peer(again.conn, os.Geteuid())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -118,6 +118,35 @@ func TestPagerKilled(t *testing.T) {
 		if now.ID == was {
 			t.Error("the pager is the one that was killed")
 		}
+	}
+}
+
+// TestLongPath has sockets whose paths are longer than an address.
+func TestLongPath(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, 16, 1, nil)
+	dir := f.dir + "/" + strings.Repeat("x", 120)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	socket := dir + "/pager"
+	if err := End(t.Context(), socket); err != nil {
+		t.Errorf("end a pager that is not there: %v", err)
+	}
+	k := keep(t, socket)
+	var err error
+	if f.client, err = k.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer f.client.Close()
+	vm := f.vm("a")
+	vm.Socket = dir + "/a.sock"
+	f.monitor(t, vm, "touch", 2, false).succeeds(t)
+	if err := Drop(t.Context(), socket, vm.ID); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(vm.Socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the machine's socket is left: %v", err)
 	}
 }
 

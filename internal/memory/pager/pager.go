@@ -97,14 +97,11 @@ func (p *Pager) serve(ctx context.Context, socket string, ready func()) error {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove old socket: %w", err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	l, err := listen(socket)
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
 	defer l.Close()
-	if err := os.Chmod(socket, 0o600); err != nil {
-		return fmt.Errorf("listen: %w", err)
-	}
 	var cancel context.CancelFunc
 	p.ctx, cancel = context.WithCancel(ctx)
 	defer p.wg.Wait()

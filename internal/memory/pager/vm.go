@@ -86,7 +86,7 @@ func (v *VM) check() error {
 type attachment struct {
 	vm       VM
 	image    *memory.Image
-	listener *net.UnixListener
+	listener *listener
 	log      *slog.Logger
 	hook     func(string)
 	note     func() error // tells where monitors are noted that there is another
@@ -114,10 +114,10 @@ func attach(vm VM, checks *memory.Checks, log *slog.Logger, hook func(string), n
 			a.image.Close()
 		}
 	}()
-	if a.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: vm.Socket, Net: "unix"}); err != nil {
+	if a.listener, err = listen(vm.Socket); err != nil {
 		return nil, fmt.Errorf("listen for monitor: %w", err)
 	}
-	if err = errors.Join(os.Chmod(vm.Socket, 0o600), os.Lchown(vm.Socket, vm.UID, -1)); err != nil {
+	if err = os.Lchown(vm.Socket, vm.UID, -1); err != nil {
 		a.listener.Close()
 		return nil, fmt.Errorf("listen for monitor: %w", err)
 	}
@@ -166,7 +166,7 @@ func writeReason(path, reason string) error {
 // accept waits for the monitor and takes what it hands over. A monitor that was
 // let in is returned also with an error.
 func (a *attachment) accept(ctx context.Context) (*monitor, error) {
-	defer a.listener.Close() // removes the socket
+	defer a.listener.Close()
 	stop := context.AfterFunc(ctx, func() { a.listener.Close() })
 	defer stop()
 	for {
