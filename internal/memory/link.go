@@ -33,7 +33,7 @@ func (img *Image) linkTo(dir string) error {
 
 func (img *Image) linkHeader(dir string) error {
 	err := os.Link(filepath.Join(img.dir, HeaderName), filepath.Join(dir, HeaderName))
-	if errors.Is(err, unix.EXDEV) {
+	if errors.Is(err, unix.EXDEV) || errors.Is(err, os.ErrNotExist) { // the image may have been removed since
 		return os.WriteFile(filepath.Join(dir, HeaderName), img.encode(), 0o600)
 	}
 	return err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -159,6 +160,17 @@ func (c *console) text() []byte {
 		return nil
 	}
 	return data
+}
+
+// lastLine is what was said last, to be put behind the reason of an end: there a monitor
+// says why it gives up.
+func (c *console) lastLine() string {
+	lines := strings.Split(strings.TrimSpace(string(c.text())), "\n")
+	line := strings.TrimSpace(strings.ToValidUTF8(lines[len(lines)-1], "?"))
+	if line == "" {
+		return ""
+	}
+	return fmt.Sprintf(": %.200s", line)
 }
 
 // What Linux says when it cannot go on (kernel/exit.c, mm/oom_kill.c), and what guestboot

@@ -115,9 +115,9 @@ func (i *instance) explain() runtime.Exit {
 	case stopped:
 		return runtime.Exit{Reason: "stopped"}
 	case known && status.Signaled():
-		return runtime.Exit{Reason: fmt.Sprintf("the sandbox's machine was killed (signal %d)", status.Signal())}
+		return runtime.Exit{Reason: fmt.Sprintf("the sandbox's machine was killed (signal %d)%s", status.Signal(), i.console.lastLine())}
 	case known && status.ExitStatus() != 0:
-		return runtime.Exit{Reason: fmt.Sprintf("the sandbox's machine failed (status %d of its monitor)", status.ExitStatus())}
+		return runtime.Exit{Reason: fmt.Sprintf("the sandbox's machine failed (status %d of its monitor)%s", status.ExitStatus(), i.console.lastLine())}
 	default:
 		return ending(i.console.text(), i.state.Resources.MemoryMiB)
 	}

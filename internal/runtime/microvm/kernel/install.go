@@ -96,8 +96,6 @@ func publish(ctx context.Context, dir, tmp string, src source) (Kernel, error) {
 	}
 	sum := sha256.Sum256(vmlinux)
 	k.SHA256 = hex.EncodeToString(sum[:])
-	k.Name = k.Version + "-" + k.SHA256[:8]
-
 	if err := os.MkdirAll(tmp, 0o755); err != nil {
 		return Kernel{}, err
 	}
@@ -105,6 +103,9 @@ func publish(ctx context.Context, dir, tmp string, src source) (Kernel, error) {
 		if k.Modules, err = copyModules(src.modules, filepath.Join(tmp, modulesName)); err != nil {
 			return Kernel{}, err
 		}
+	}
+	if k.Name, err = nameOf(k, filepath.Join(tmp, modulesName)); err != nil {
+		return Kernel{}, err
 	}
 	if err := writeFile(filepath.Join(tmp, vmlinuxName), vmlinux); err != nil {
 		return Kernel{}, err
@@ -139,6 +140,20 @@ func publish(ctx context.Context, dir, tmp string, src source) (Kernel, error) {
 	k, err = read(dir, k.Name)
 	k.Current = true
 	return k, err
+}
+
+// nameOf names a kernel by what it is made of.
+func nameOf(k Kernel, modules string) (string, error) {
+	sum := sha256.New()
+	io.WriteString(sum, k.SHA256)
+	for _, module := range k.Modules {
+		data, err := os.ReadFile(filepath.Join(modules, module))
+		if err != nil {
+			return "", err
+		}
+		fmt.Fprintf(sum, " %s %x", module, sha256.Sum256(data))
+	}
+	return k.Version + "-" + hex.EncodeToString(sum.Sum(nil))[:8], nil
 }
 
 // replaceDirectory gives the directory from the name to, whether or not there is

@@ -7,7 +7,7 @@
 //	DIR/NAME/kernel.json   what it is
 //	DIR/NAME/initramfs-…   the modules and the boot program of this build of wrenn
 //
-// NAME has the kernel's release and the hash of vmlinux. What has a name is whole
+// NAME has the kernel's release and a hash of vmlinux and the modules. What has a name is whole
 // and never changes: everything is made beside and renamed.
 package kernel
 

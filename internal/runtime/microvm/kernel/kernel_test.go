@@ -215,6 +215,7 @@ func TestTheKernelInstalledLastIsTheCurrentOne(t *testing.T) {
 	if err := os.WriteFile(other, append(vmlinux, 0), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	var last string
 	for _, path := range []string{k.Vmlinux, other, k.Vmlinux} {
 		installed, err := Install(t.Context(), dir, Options{Vmlinux: path})
 		if err != nil {
@@ -224,13 +225,14 @@ func TestTheKernelInstalledLastIsTheCurrentOne(t *testing.T) {
 		if err != nil || current.Name != installed.Name {
 			t.Errorf("current is %s (%v), want %s", current.Name, err, installed.Name)
 		}
+		last = installed.Name
 	}
 	kernels, err := List(dir)
 	if err != nil || len(kernels) != 2 {
 		t.Fatalf("List: %v, %v", kernels, err)
 	}
 	for _, l := range kernels {
-		if l.Current != (l.Name == k.Name) {
+		if l.Current != (l.Name == last) {
 			t.Errorf("%s is current: %v", l.Name, l.Current)
 		}
 	}

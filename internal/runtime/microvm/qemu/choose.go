@@ -21,7 +21,7 @@ func Choose(ctx context.Context, k kernel.Kernel, file string) (Accelerator, str
 	if err != nil {
 		return TCG, "", err
 	}
-	v, err := kvm.Decide(ctx, file, "qemu "+q.Version(), k.SHA256, func(ctx context.Context) error { return tryKVM(ctx, q, k) })
+	v, err := kvm.Decide(ctx, file, "qemu "+q.Version(), k.Name, func(ctx context.Context) error { return tryKVM(ctx, q, k) })
 	if err != nil {
 		return TCG, "", err
 	}

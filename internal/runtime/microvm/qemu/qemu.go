@@ -183,6 +183,7 @@ func (q *Monitor) args(m microvm.Machine, tapFD, memoryFD, stateFD int) []string
 		"-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", tapFD),
 		"-device", "virtio-net-pci,netdev=net,mac="+m.MAC+",romfile=",
 		"-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng",
+		"-device", "vmgenid,guid=auto", // another one at each load: kernels that know it renew their random numbers
 		"-chardev", "pipe,id=console,path="+runDir+"/"+microvm.ConsoleName, "-serial", "chardev:console",
 		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
