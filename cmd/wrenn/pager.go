@@ -36,6 +36,8 @@ SIGTERM, those that it serves end too.`,
 			signal.Ignore(syscall.SIGHUP)
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
+			// Else it is "exe" to who lists processes.
+			_ = os.WriteFile("/proc/self/comm", []byte("wrenn"), 0)
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
 			if err := os.WriteFile("/proc/self/oom_score_adj", []byte(lastToGo), 0); err != nil {
 				log.Warn("the kernel may end the pager before the machines that it serves when memory is short", "err", err)

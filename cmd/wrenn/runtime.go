@@ -106,10 +106,6 @@ func newFirecracker(ctx context.Context, dir dataDir) (*firecracker.Monitor, err
 
 // pager connects to the pager of this data directory, and starts it if need be.
 func (d dataDir) pager(ctx context.Context) (*pager.Client, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
 	if err := os.MkdirAll(filepath.Dir(d.pagerLog()), 0o755); err != nil {
 		return nil, err
 	}
@@ -118,7 +114,7 @@ func (d dataDir) pager(ctx context.Context) (*pager.Client, error) {
 		return nil, err
 	}
 	defer log.Close()
-	return pager.Start(ctx, d.pagerSocket(), []string{self, "pager", "--socket", d.pagerSocket()}, log)
+	return pager.Start(ctx, d.pagerSocket(), []string{pager.Self, "pager", "--socket", d.pagerSocket()}, log)
 }
 
 // kernel is what virtual machines boot.

@@ -57,6 +57,24 @@ func (o childOrder) run() error {
 	if o.Mode == "pager" {
 		return Serve(context.Background(), o.Socket, slog.New(slog.NewTextHandler(os.Stderr, nil)), func() { PrintReady(os.Stdout) })
 	}
+	if o.Mode == "agent" {
+		if err := os.Remove(o.Memory); err != nil {
+			return err
+		}
+		o.Mode = "pager"
+		order, err := json.Marshal(o)
+		if err != nil {
+			return err
+		}
+		if err := os.Setenv(childEnv, string(order)); err != nil {
+			return err
+		}
+		c, err := Start(context.Background(), o.Socket, []string{Self}, nil)
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	}
 	debug.SetGCPercent(-1) // it would wait for threads that wait for pages
 	runtime.GOMAXPROCS(o.Threads + 2)
 	m, err := pagertest.Map(o.Size, o.Huge)

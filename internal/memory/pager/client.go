@@ -45,6 +45,10 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 	return c, nil
 }
 
+// Self is this program, also when its file was replaced meanwhile: as the command of
+// Start.
+const Self = "/proc/self/exe"
+
 // Start connects to the pager at socket, and starts one with a command if there is
 // none. It outlives this process, and writes to log.
 func Start(ctx context.Context, socket string, command []string, log *os.File) (*Client, error) {
@@ -57,6 +61,9 @@ func Start(ctx context.Context, socket string, command []string, log *os.File) (
 	}
 	defer r.Close()
 	cmd := exec.Command(command[0], command[1:]...)
+	if command[0] == Self {
+		cmd.Args[0] = os.Args[0]
+	}
 	cmd.Stdout, cmd.Stderr = w, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()

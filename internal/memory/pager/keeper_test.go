@@ -150,6 +150,37 @@ func TestLongPath(t *testing.T) {
 	}
 }
 
+// TestSelf starts a pager from a program whose file is gone, as after an upgrade.
+func TestSelf(t *testing.T) {
+	t.Parallel()
+	newFixture(t, 1, 1, nil) // skips
+	dir := t.TempDir()
+	program, err := os.ReadFile(Self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/program", program, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	order, err := json.Marshal(childOrder{Mode: "agent", Socket: dir + "/pager", Memory: dir + "/program"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), dir+"/program")
+	cmd.Env = append(os.Environ(), childEnv+"="+string(order))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	c, err := Dial(t.Context(), dir+"/pager")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if err := End(t.Context(), dir+"/pager"); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestConnectTogether asks for a pager from many goroutines before there is one.
 func TestConnectTogether(t *testing.T) {
 	t.Parallel()

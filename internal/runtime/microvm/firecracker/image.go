@@ -37,14 +37,17 @@ func (f *Monitor) Load(ctx context.Context, m microvm.Machine, saved string) (id
 	if err := image.LinkTo(m.Base()); err != nil {
 		return id, err
 	}
-	state := filepath.Join(m.Run(), stateName)
-	if err := copyFile(state, filepath.Join(saved, stateName), maxState, m.UID); err != nil {
+	state, devices := filepath.Join(m.Run(), stateName), filepath.Join(saved, stateName)
+	if _, err := os.Lstat(devices); err != nil {
 		return id, damaged(err)
+	}
+	if err := copyFile(state, devices, maxState, m.UID); err != nil {
+		return id, err
 	}
 	defer os.Remove(state)
 	backend, done, err := f.backend(ctx, m, image, saved)
 	if err != nil {
-		return id, damaged(err)
+		return id, err
 	}
 	defer done()
 	id, c, err := f.launch(ctx, m)
@@ -80,7 +83,7 @@ func (f *Monitor) backend(ctx context.Context, m microvm.Machine, image *memory.
 	done = func() { os.Remove(path) } // it stays mapped
 	if err := errors.Join(image.CopyTo(ctx, file), file.Chown(int(m.UID), int(m.UID))); err != nil {
 		done()
-		return b, nil, disk.Full(err)
+		return b, nil, damaged(disk.Full(err))
 	}
 	return MemoryBackend{Kind: File, Path: runDir + "/" + memoryName}, done, nil
 }
@@ -123,7 +126,8 @@ func (f *Monitor) Ended(ctx context.Context, id sandbox.ID) error {
 	return pager.Drop(ctx, f.cfg.PagerSocket, string(id))
 }
 
-// damaged gives an error about what is in an image its kind.
+// damaged gives an error about what is in an image its kind. It is for nothing else:
+// images are thrown away for it.
 func damaged(err error) error {
 	if errors.Is(err, memory.ErrDamaged) || errors.Is(err, os.ErrNotExist) {
 		return &sandbox.Error{Kind: sandbox.ErrInvalid, Message: "the image is damaged: it is not what was written", Cause: err}

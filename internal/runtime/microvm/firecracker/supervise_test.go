@@ -160,3 +160,32 @@ func TestPagerConnections(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestNoPager restores a machine where no pager can be started: that says nothing about
+// the image, which is not to be thrown away.
+func TestNoPager(t *testing.T) {
+	s := newSite(t)
+	needFaultsServed(t)
+	missing := filepath.Join(t.TempDir(), "wrenn")
+	rt := s.runtime(t, t.TempDir(), firecracker.Config{Pager: func(ctx context.Context) (*pager.Client, error) {
+		return pager.Start(ctx, filepath.Join(filepath.Dir(missing), "sock"), []string{missing}, os.Stderr)
+	}})
+	defer rt.Close()
+	image := runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}
+	started, err := rt.Create(t.Context(), s.config(t, startedID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(started.Snapshot(t.Context(), image, true), started.Stop(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := rt.Restore(t.Context(), s.config(t, cloneID), image); !errors.Is(err, os.ErrNotExist) || sandbox.Kind(err) != nil {
+		t.Errorf("without a pager: %v (%v), want no kind", err, sandbox.Kind(err))
+	}
+	if err := os.Remove(filepath.Join(image.Dir, "devices")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := rt.Restore(t.Context(), s.config(t, cloneID), image); !errors.Is(err, sandbox.ErrInvalid) {
+		t.Errorf("without its devices: %v", err)
+	}
+}
