@@ -317,8 +317,16 @@ func (b *memoryBench) measureWorkingSet(ctx context.Context) error {
 	if err := pager.WriteWorkingSet(path, set); err != nil {
 		return err
 	}
+	var pages []int // of the set, each once
+	seen := map[uint32]bool{}
+	for _, n := range set {
+		if !seen[n] {
+			seen[n] = true
+			pages = append(pages, int(n))
+		}
+	}
 	for _, cold := range []bool{true, false} {
-		var took, floor samples
+		var took, floor, put samples
 		for range b.Samples {
 			if err := b.cache(cold); err != nil {
 				return err
@@ -335,9 +343,20 @@ func (b *memoryBench) measureWorkingSet(ctx context.Context) error {
 				return err
 			}
 			took.addMillis(d)
+			if cold {
+				continue
+			}
+			if d, err = b.bare(ctx, pages); err != nil {
+				return err
+			}
+			put.addMillis(d)
 		}
 		name := map[bool]string{true: "from the disk", false: "from the page cache"}[cold]
 		b.report(took.result("working set present, "+name, "ms").against(floor, 1.3).noted("%d MiB", len(set)*4096/mebibyte))
+		if !cold {
+			r := put.result("working set put in by a bare loop", "ms")
+			b.report(r.noted("the least that it takes one thread, with nothing to read: UFFDIO_COPY of the same pages"))
+		}
 	}
 	return nil
 }
