@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { after, before, describe, it } from 'node:test'
 import { CommandExitError, Sandbox, TimeoutError } from 'e2b'
-import { eventually, Transcript } from './common.mjs'
+import { eventually, SLOWER, Transcript } from './common.mjs'
 
 let sandbox
 before(async () => { sandbox = await Sandbox.create('base', { timeoutMs: 300_000 }) })
@@ -79,7 +79,7 @@ describe('commands', () => {
   })
 
   it('end when their time is over', async () => {
-    await assert.rejects(sandbox.commands.run('echo $$ > /tmp/timed.pid; exec sleep 600', { timeoutMs: 1000 }), TimeoutError)
+    await assert.rejects(sandbox.commands.run('echo $$ > /tmp/timed.pid; exec sleep 600', { timeoutMs: 1000 * SLOWER }), TimeoutError)
     const pid = (await sandbox.files.read('/tmp/timed.pid')).trim()
     await eventually('the process is gone', async () =>
       (await sandbox.commands.run(`kill -0 ${pid} 2>/dev/null && echo alive || echo gone`, { user: 'root' })).stdout === 'gone\n')

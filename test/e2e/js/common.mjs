@@ -26,7 +26,7 @@ export const routing = (sandbox, port = 49983) => ({
 })
 
 /** How much longer everything takes in a sandbox whose processor is emulated. */
-const SLOWER = Number(process.env.SLOWER ?? 1)
+export const SLOWER = Number(process.env.SLOWER ?? 1)
 
 /** Whether root may do in a sandbox what it likes, because it has a kernel of its own. */
 export const OWN_KERNEL = process.env.OWN_KERNEL === '1'

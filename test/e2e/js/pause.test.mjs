@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { after, before, describe, it } from 'node:test'
 import { NotFoundError, Sandbox } from 'e2b'
-import { eventually, origin } from './common.mjs'
+import { eventually, origin, SLOWER } from './common.mjs'
 
 // counter writes a growing number as long as it runs.
 const counter = 'i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done'
@@ -43,7 +43,7 @@ describe('pause, snapshot, fork', () => {
   })
 
   it('is paused at the end of its time, and woken by many requests at once', async () => {
-    const sleeper = await create('base', { timeoutMs: 3000, lifecycle: { onTimeout: 'pause', autoResume: true } })
+    const sleeper = await create('base', { timeoutMs: 3000 * SLOWER, lifecycle: { onTimeout: 'pause', autoResume: true } })
     await sleeper.commands.run('python3 -m http.server 8000 >/dev/null 2>&1 &')
     await eventually('the server', async () => (await fetch(origin(sleeper, 8000))).status === 200)
     await eventually('the pause', async () => (await sleeper.getInfo()).state === 'paused')
