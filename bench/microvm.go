@@ -64,7 +64,7 @@ func MicroVM(ctx context.Context, p Platform, n int) (_ Report, err error) {
 		result(vmBoot).against(get(floorVMBoot), 1.2).noted("from the template's disk; then /bin/echo"),
 		result(vmPause).against(get(floorVMPause), 1.2).noted("until it is on disk, synced; floor: synced too"),
 		result(vmResume).against(get(floorVMResume), 1.2).noted("then /bin/echo"),
-		result(vmFork).against(get(floorVMFork), 1.2).noted("its snapshot included, which the floor has before"),
+		result(vmFork).against(get(floorVMFork), 1.2).noted("from one that runs; on both sides the image that they are made from is written first"),
 		slot.want("p50 ≤ 5", slot.P50 <= 5),
 	}
 	for _, name := range []string{floorVMBoot, floorVMPause, floorVMResume, floorVMFork} {
@@ -110,7 +110,11 @@ func (m *machines) bareLife(ctx context.Context) error {
 			})
 		}
 		err := g.Wait()
-		m.add(name, time.Since(begin))
+		took := time.Since(begin)
+		if name == floorVMFork {
+			took += pause // from a machine that runs to four: the image is written first
+		}
+		m.add(name, took)
 		for _, b := range made {
 			if b != nil {
 				err = errors.Join(err, b.stop(ctx))
