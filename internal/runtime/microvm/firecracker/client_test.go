@@ -35,6 +35,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if os.Getenv(bootVariable) != "" {
+		os.Exit(bootAsAgent())
+	}
 	os.Setenv("GORACE", "atexit_sleep_ms=0") // else each fake takes a second to end
 	os.Exit(m.Run())
 }

@@ -31,7 +31,7 @@ func findJailer(ctx context.Context, cfg Config, v Version) (path, without strin
 			return "", "", err
 		}
 		if err := checkJailer(ctx, path, v); err != nil {
-			return "", "", &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "Firecracker's jailer cannot be used: " + err.Error(), Cause: err}
+			return "", "", &sandbox.Error{Kind: sandbox.ErrUnavailable, Message: "Firecracker's jailer cannot be used", Cause: err}
 		}
 		return path, "", nil
 	}

@@ -338,9 +338,15 @@ func testMonitorThroughPager(t *testing.T, s *site) {
 	s.lives(t, f, "1.15.1", image)
 }
 
-func TestLoadDamaged(t *testing.T) {
-	s := newSite(t)
+func TestLoadDamaged(t *testing.T) { eachJail(t, testLoadDamaged) }
+
+func TestRealLoadDamaged(t *testing.T) { eachRealJail(t, testLoadDamaged) }
+
+func testLoadDamaged(t *testing.T, s *site) {
 	f, m := s.monitor(t, "1.15.1", firecracker.Config{}), s.machine(t)
+	if s.real != "" {
+		m.Kernel = guestKernel(t)
+	}
 	if _, err := f.Boot(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}

@@ -99,6 +99,25 @@ func saveLater(t *testing.T, f *firecracker.Monitor, m microvm.Machine, n uint64
 	return "", 0
 }
 
+// wantWhole compares an image that was put together of layers, the last of which has
+// what Firecracker says was written, with all the memory of the paused machine.
+func wantWhole(t *testing.T, m microvm.Machine, dir string) {
+	t.Helper()
+	c := firecracker.NewClient(filepath.Join(m.Run(), "api.sock"))
+	defer c.Close()
+	s := firecracker.SnapshotCreate{Kind: firecracker.Full, State: "/run/wrenn/whole.state", Memory: "/run/wrenn/whole.memory"}
+	if err := c.CreateSnapshot(t.Context(), s, m.MemoryMiB); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(filepath.Join(m.Run(), "whole.memory"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if different := pagesThatDiffer(whole, allMemory(t, dir)); len(different) > 0 {
+		t.Errorf("the pages %#x of the image are not the machine's", different)
+	}
+}
+
 // The whole life of a machine in the real Firecracker, and in the real jailer.
 func TestReal(t *testing.T) { eachRealJail(t, testReal) }
 
@@ -134,7 +153,9 @@ func testReal(t *testing.T, s *site) {
 			}
 			for range 3 {
 				f := s.monitor(t, "", cfg)
-				_, n = saveLater(t, f, m, n)
+				var dir string
+				dir, n = saveLater(t, f, m, n)
+				wantWhole(t, m, dir)
 			}
 			wantIdentity(t, f, m)
 		})

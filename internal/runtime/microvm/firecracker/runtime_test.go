@@ -174,8 +174,11 @@ func testDamagedUnderGuest(t *testing.T, s *site) {
 }
 
 // TestDamagedBeforeLoad restores from an image that fails at once.
-func TestDamagedBeforeLoad(t *testing.T) {
-	s := newSite(t)
+func TestDamagedBeforeLoad(t *testing.T) { eachJail(t, testDamagedBeforeLoad) }
+
+func TestRealDamagedBeforeLoad(t *testing.T) { eachRealJail(t, testDamagedBeforeLoad) }
+
+func testDamagedBeforeLoad(t *testing.T, s *site) {
 	needFaultsServed(t)
 	client, socket := startPager(t)
 	rt := s.runtime(t, t.TempDir(), throughPager(socket))
