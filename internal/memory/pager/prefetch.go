@@ -117,8 +117,9 @@ const (
 	backgroundRest  = 5 * time.Millisecond // after each: 200 MB/s at most
 )
 
-// background puts in the rest of what is not zero, slowly, up to budget bytes, and
-// leaves the disk and the CPU alone while faults are served.
+// background puts in the rest of what is not zero, slowly, up to budget bytes and while
+// the host has memory to spare, and leaves the disk and the CPU alone while faults are
+// served.
 func (s *server) background(ctx context.Context, budget int64) error {
 	buf := s.buffer()
 	begin := s.copied.Load()
@@ -128,7 +129,7 @@ func (s *server) background(ctx context.Context, budget int64) error {
 		}
 		end := r.Offset + r.Length
 		for at := r.Offset / s.page * s.page; at < end; at += backgroundPiece {
-			if s.copied.Load()-begin >= budget {
+			if s.copied.Load()-begin >= budget || memoryShort() {
 				return nil
 			}
 			for before := int64(-1); before != s.served.Load(); {

@@ -40,6 +40,7 @@ type VM struct {
 	// Where it is missing or Record is set, it is written: after RecordFor, at
 	// FinishRecording, or at the end.
 	WorkingSet string        `json:"working_set,omitempty"`
+	Copy       string        `json:"copy,omitempty"` // what was recorded is written here too, if the directory is still there
 	Record     bool          `json:"record,omitempty"`
 	RecordFor  time.Duration `json:"record_for,omitempty"` // 0: 5 seconds
 
@@ -92,6 +93,8 @@ type attachment struct {
 	note     func() error // tells where monitors are noted that there is another
 	cancel   context.CancelFunc
 	done     chan struct{} // closed when nothing of it runs any more
+
+	saving sync.Mutex // held while the working set is written
 
 	mu         sync.Mutex
 	state      string
@@ -258,7 +261,11 @@ func (a *attachment) unasked(ctx context.Context, s *server, blocks []uint32) er
 	if a.vm.Budget == 0 {
 		return nil
 	}
-	return s.background(ctx, a.vm.Budget)
+	// What nobody has asked for ends no machine: perhaps nobody ever does.
+	if err := s.background(ctx, a.vm.Budget); err != nil && !ended(err) {
+		a.log.Warn("the rest of the memory of a virtual machine comes when it is asked for", "err", err)
+	}
+	return nil
 }
 
 // workingSet is nil where one is to be recorded.
@@ -273,11 +280,22 @@ func (a *attachment) workingSet() []uint32 {
 	return blocks
 }
 
+// saveSet ends a recording, and returns when its working set is written.
 func (a *attachment) saveSet(r *recorder) {
-	if blocks := r.finish(); len(blocks) > 0 {
-		if err := WriteWorkingSet(a.vm.WorkingSet, blocks); err != nil {
-			a.log.Warn("the working set of a virtual machine is not kept", "err", err)
+	a.saving.Lock()
+	defer a.saving.Unlock()
+	blocks := r.finish()
+	if len(blocks) == 0 {
+		return
+	}
+	err := WriteWorkingSet(a.vm.WorkingSet, blocks)
+	if a.vm.Copy != "" {
+		if cerr := WriteWorkingSet(a.vm.Copy, blocks); !errors.Is(cerr, os.ErrNotExist) {
+			err = errors.Join(err, cerr)
 		}
+	}
+	if err != nil {
+		a.log.Warn("the working set of a virtual machine is not kept", "err", err)
 	}
 }
 

@@ -36,13 +36,16 @@ func compressImage(ctx context.Context, image runtime.Image, dir string) error {
 		return err
 	}
 	for _, name := range append(slices.Collect(maps.Keys(of.Files)), imageFile) {
-		if name == memory.HeaderName || memory.IsLayer(name) {
+		if name == memory.HeaderName || name == WorkingSet || memory.IsLayer(name) {
 			continue
 		}
 		name = filepath.Base(name)
 		if err := os.Link(filepath.Join(image.Dir, name), filepath.Join(dir, name)); err != nil {
 			return err
 		}
+	}
+	if err := os.Link(filepath.Join(image.Dir, WorkingSet), filepath.Join(dir, WorkingSet)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
 	}
 	saved, err := memory.Open(image.Dir)
 	if err != nil {

@@ -143,6 +143,9 @@ func sizes(dir string) (map[string]int64, error) {
 		if memory.IsLayer(e.Name()) {
 			continue // becomes another when it is compressed, and says itself when it is damaged
 		}
+		if e.Name() == WorkingSet {
+			continue // as it does
+		}
 		info, err := e.Info()
 		if err != nil {
 			return nil, err

@@ -21,9 +21,6 @@ import (
 // maxState bounds the state of the devices: some tens of KiB.
 const maxState = 16 << 20
 
-// workingSet is the file of an image with the pages that a machine touched first.
-const workingSet = "workingset"
-
 // Load implements microvm.Monitor.
 func (f *Monitor) Load(ctx context.Context, m microvm.Machine, saved string) (id process.ID, err error) {
 	image, err := memory.Open(saved)
@@ -104,11 +101,35 @@ func (f *Monitor) throughPager(ctx context.Context, m microvm.Machine, saved str
 		return b, nil, err
 	}
 	defer p.Close()
+	// The image may be gone before anything is recorded, or be used again.
+	copySet(m.Base(), saved)
 	err = p.Register(ctx, pager.VM{
 		ID: string(m.ID), Image: m.Base(), Socket: filepath.Join(m.Run(), uffdName), UID: int(m.UID),
-		WorkingSet: filepath.Join(saved, workingSet), ReasonFile: m.Reason(),
+		WorkingSet: filepath.Join(m.Base(), microvm.WorkingSet), Copy: filepath.Join(saved, microvm.WorkingSet),
+		Budget: m.MemoryMiB << 20, ReasonFile: m.Reason(),
 	})
 	return MemoryBackend{Kind: Uffd, Path: runDir + "/" + uffdName}, func() {}, err
+}
+
+// copySet gives the directory of an image another's working set. Without it a resume
+// is slower, and nothing else.
+func copySet(to, from string) {
+	if blocks, err := pager.ReadWorkingSet(filepath.Join(from, microvm.WorkingSet)); err == nil {
+		_ = pager.WriteWorkingSet(filepath.Join(to, microvm.WorkingSet), blocks)
+	}
+}
+
+// saveSet gives an image the working set that the machine was loaded with, or that was
+// recorded since. What is touched to write the image is none of it.
+func (f *Monitor) saveSet(ctx context.Context, m microvm.Machine, to string) {
+	if _, err := os.Stat(m.Base()); err != nil || f.pager == nil || !faultsServed() {
+		return // it came from no pager
+	}
+	if p, err := f.pager.Connect(ctx); err == nil {
+		_ = p.FinishRecording(ctx, string(m.ID)) // else what was written before is taken
+		p.Close()
+	}
+	copySet(to, m.Base())
 }
 
 // Watch implements microvm.Monitor.
@@ -141,6 +162,7 @@ func (*Monitor) Spare(m microvm.Machine, _ bool) int64 { return microvm.Spare(m)
 // Save implements microvm.Monitor. The first time all memory is written, afterwards
 // what has changed since the image that is in the machine's base.
 func (f *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error {
+	f.saveSet(ctx, m, to)
 	parent, err := f.takeBase(m)
 	if err != nil {
 		return err
@@ -190,7 +212,11 @@ func (f *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error 
 	if err := os.RemoveAll(m.Base()); err != nil {
 		return err
 	}
-	return image.LinkTo(m.Base())
+	if err := image.LinkTo(m.Base()); err != nil {
+		return err
+	}
+	copySet(m.Base(), to)
+	return nil
 }
 
 // staleName is a file in a machine's base that says that Firecracker has begun to note

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/wrenn/wrenn/internal/memory/pager"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/microvm"
@@ -112,6 +113,48 @@ func (s *site) config(t *testing.T, id sandbox.ID) runtime.Config {
 	return runtime.Config{
 		ID: id, RootFS: t.TempDir(), Dir: t.TempDir(), GuestInit: s.binary, Slot: s.slot(t), Hostname: "box",
 		Resources: sandbox.Resources{CPUs: 1, MemoryMiB: 64, DiskMiB: 64, PIDs: 100},
+	}
+}
+
+// TestWorkingSetStays pauses a machine whose image went with its resume: what it touched
+// then is brought in at the next.
+func TestWorkingSetStays(t *testing.T) { eachJail(t, testWorkingSetStays) }
+
+func testWorkingSetStays(t *testing.T, s *site) {
+	needFaultsServed(t)
+	client, socket := startPager(t)
+	rt := s.runtime(t, t.TempDir(), throughPager(socket))
+	defer rt.Close()
+	inst, err := rt.Create(t.Context(), s.config(t, startedID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		goOn(t, inst)
+	}
+	for n, id := range []sandbox.ID{cloneID, "firecrackeragain0000", "firecrackerlast00000"} {
+		image := runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}
+		if err := errors.Join(inst.Snapshot(t.Context(), image, true), inst.Stop(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		blocks, err := pager.ReadWorkingSet(filepath.Join(image.Dir, microvm.WorkingSet))
+		if n > 0 && (err != nil || len(blocks) == 0) {
+			t.Errorf("image %d has a working set of %d blocks (%v)", n, len(blocks), err)
+		}
+		if inst, err = rt.Restore(t.Context(), s.config(t, id), image); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(image.Dir); err != nil { // as the agent does
+			t.Fatal(err)
+		}
+		goOn(t, inst)
+		st, err := client.Status(t.Context(), string(id))
+		if err != nil || st.Budget == 0 || n > 0 && st.Prefetched == 0 {
+			t.Errorf("machine %d: %+v (%v)", n, st, err)
+		}
+	}
+	if err := inst.Stop(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
 
