@@ -102,7 +102,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"a cancelled restore leaves nothing", testRestoreCancelled},
 		{"a restore that cannot work leaves nothing", testRestoreFails},
 		{"a damaged image is refused", testDamagedImage},
-		{"an image of memory is taken as one of files, or refused", testFilesOfMemory},
+		{"an image of memory is taken as one of files or refused", testFilesOfMemory},
 		{"a snapshot on a full disk is refused and the instance goes on", testDiskFull},
 		{"an engine killed during a snapshot is told", testKilledDuringSnapshot},
 	} {
