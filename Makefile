@@ -65,7 +65,7 @@ endif
 
 test-packages: packages
 ifndef SKIP_PACKAGES
-	@scripts/packages.sh qemu-system-x86 xfsprogs btrfs-progs curl git sudo python3 python3-venv gcc libc6-dev node=nodejs npm=npm chromium=chromium
+	@scripts/packages.sh qemu-system-x86 xfsprogs btrfs-progs zstd curl git sudo python3 python3-venv gcc libc6-dev node=nodejs npm=npm chromium=chromium
 endif
 
 test: test-packages build

@@ -90,7 +90,7 @@ func TestCompressedImages(t *testing.T) {
 
 	t.Run("are what zstd reads", func(t *testing.T) {
 		if _, err := exec.LookPath("zstd"); err != nil {
-			t.Skip("zstd is not installed")
+			t.Skip("zstd is not installed (apt-get install zstd)")
 		}
 		_, small := layerFiles(t, dir)
 		if out, err := exec.Command("zstd", "-t", small[0]).CombinedOutput(); err != nil {
