@@ -148,7 +148,11 @@ func testWorkingSetStays(t *testing.T, s *site) {
 			t.Fatal(err)
 		}
 		goOn(t, inst)
+		// The guest does not wait for what is brought in beside it.
 		st, err := client.Status(t.Context(), string(id))
+		for n > 0 && err == nil && st.Prefetched == 0 && st.State == pager.StateServed && t.Context().Err() == nil {
+			st, err = client.Status(t.Context(), string(id))
+		}
 		if err != nil || st.Budget == 0 || n > 0 && st.Prefetched == 0 {
 			t.Errorf("machine %d: %+v (%v)", n, st, err)
 		}
