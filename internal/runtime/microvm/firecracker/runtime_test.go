@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/wrenn/wrenn/internal/memory/pager"
 	"github.com/wrenn/wrenn/internal/network"
@@ -149,10 +150,12 @@ func testWorkingSetStays(t *testing.T, s *site) {
 		}
 		goOn(t, inst)
 		// The guest does not wait for what is brought in beside it.
-		st, err := client.Status(t.Context(), string(id))
-		for n > 0 && err == nil && st.Prefetched == 0 && st.State == pager.StateServed && t.Context().Err() == nil {
-			st, err = client.Status(t.Context(), string(id))
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		st, err := client.Status(ctx, string(id))
+		for n > 0 && err == nil && st.Prefetched == 0 {
+			st, err = client.Status(ctx, string(id))
 		}
+		cancel()
 		if err != nil || st.Budget == 0 || n > 0 && st.Prefetched == 0 {
 			t.Errorf("machine %d: %+v (%v)", n, st, err)
 		}
