@@ -13,10 +13,6 @@ import (
 	"github.com/wrenn/wrenn/internal/memory/pager"
 )
 
-// pagerMemory is what the pager's own memory is kept to, with the images of
-// virtual machines left out: those are in the page cache.
-const pagerMemory = 512 << 20
-
 // lastToGo is the pager's oom_score_adj: when the host has no memory left, the kernel
 // ends one virtual machine rather than the pager, which would be all of them.
 const lastToGo = "-999"
@@ -32,7 +28,7 @@ ends. A virtual machine cannot go on without it: when the pager ends, by Ctrl-C 
 SIGTERM, those that it serves end too.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			debug.SetMemoryLimit(pagerMemory)
+			debug.SetMemoryLimit(pager.OwnMemory())
 			signal.Ignore(syscall.SIGHUP)
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()

@@ -2,6 +2,7 @@ package memory
 
 import (
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -14,11 +15,13 @@ import (
 type Checks struct {
 	mu    sync.Mutex
 	files map[layerFile]*checks
-	order []layerFile // as they were first seen
-	size  int64
+	idle  []layerFile // of no open image, the longest so first
+	size  int64       // bytes, of all
+	spare int64       // of those that are idle
 }
 
-// keptChecks bounds what Checks remembers, in bytes. A GiB of memory takes one MiB.
+// keptChecks bounds what Checks remembers of layers that no image has open, in bytes. A
+// GiB of memory takes one MiB.
 const keptChecks = 64 << 20
 
 // layerFile is a layer's file as it was when it was opened.
@@ -33,6 +36,7 @@ type checks struct {
 	loading sync.Mutex
 	sums    atomic.Pointer[[]byte] // 4 bytes for each block; nil: not read yet
 	good    []atomic.Uint64        // a bit for each block; nil: it is not noted
+	users   int                    // open images; of Checks, and by its mutex
 }
 
 // Open is the function Open, with what is remembered.
@@ -41,44 +45,65 @@ func (c *Checks) Open(dir string) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	var used []layerFile
 	for _, l := range img.layers {
-		if known := c.of(l); known != nil {
-			l.checks = known
+		if key, err := l.identify(); err == nil { // else nothing is remembered of it
+			l.checks = c.use(key, l.ref.blocks)
+			used = append(used, key)
 		}
 	}
+	img.closed = sync.OnceFunc(func() { c.release(used) })
 	return img, nil
 }
 
-// of gives what is known of a layer that was just opened; nil: it cannot be said which
-// file it is.
-func (c *Checks) of(l *Layer) *checks {
-	key, err := l.identify()
-	if err != nil {
-		return nil
-	}
+// use gives what is known of a layer's file until it is released.
+func (c *Checks) use(key layerFile, blocks uint64) *checks {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if known := c.files[key]; known != nil {
-		return known
+	known := c.files[key]
+	if known == nil {
+		known = &checks{good: make([]atomic.Uint64, (blocks+63)/64)}
+		if c.files == nil {
+			c.files = map[layerFile]*checks{}
+		}
+		c.files[key] = known
+		c.size += known.size()
+	} else if known.users == 0 {
+		c.idle = slices.DeleteFunc(c.idle, func(k layerFile) bool { return k == key })
+		c.spare -= known.size()
 	}
-	known := &checks{good: make([]atomic.Uint64, (l.ref.blocks+63)/64)}
-	if c.files == nil {
-		c.files = map[layerFile]*checks{}
-	}
-	c.files[key] = known
-	c.order = append(c.order, key)
-	c.size += checksSize(l.ref.blocks)
-	for c.size > keptChecks && len(c.order) > 1 {
-		oldest := c.order[0]
-		c.size -= checksSize(uint64(len(c.files[oldest].good)) * 64)
-		delete(c.files, oldest)
-		c.order = c.order[1:]
-	}
+	known.users++
 	return known
 }
 
-// checksSize is what is remembered of so many blocks, rounded up to 64.
-func checksSize(blocks uint64) int64 { return int64((blocks+63)/64) * 64 * 4 }
+func (c *Checks) release(used []layerFile) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, key := range used {
+		known := c.files[key]
+		if known.users--; known.users == 0 {
+			c.idle = append(c.idle, key)
+			c.spare += known.size()
+		}
+	}
+	for c.spare > keptChecks {
+		oldest := c.files[c.idle[0]].size()
+		delete(c.files, c.idle[0])
+		c.idle = c.idle[1:]
+		c.size -= oldest
+		c.spare -= oldest
+	}
+}
+
+// Size is how many bytes of memory what is remembered takes, when it is complete.
+func (c *Checks) Size() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.size
+}
+
+// size is what is remembered of a layer, in bytes: for a block its checksum and a bit.
+func (c *checks) size() int64 { return int64(len(c.good)) * (64*4 + 8) }
 
 func (l *Layer) identify() (layerFile, error) {
 	var st unix.Stat_t

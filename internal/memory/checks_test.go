@@ -66,23 +66,29 @@ func TestChecks(t *testing.T) {
 	}
 }
 
-// TestChecksBounded forgets what was seen first.
+// TestChecksBounded forgets layers that nobody has open, the oldest first, and no others.
 func TestChecksBounded(t *testing.T) {
 	var c Checks
-	file, err := os.CreateTemp(t.TempDir(), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	const blocks = keptChecks / 4 / 4 // four of them are as much as is kept
-	for n := range 9 {
-		l := &Layer{ref: layerRef{id: [16]byte{byte(n)}, blocks: blocks}, file: file}
-		first := c.of(l)
-		if first == nil || c.of(l) != first {
+	const blocks = keptChecks / (64*4 + 8) * 64 / 4 // four of them are what is kept
+	key := func(n int) layerFile { return layerFile{id: [16]byte{byte(n)}} }
+	first := c.use(key(0), blocks)
+	for n := 1; n < 9; n++ {
+		known := c.use(key(n), blocks)
+		if c.use(key(n), blocks) != known {
 			t.Fatal("a layer is not found again")
 		}
-		if len(c.files) != min(n+1, 4) || len(c.order) != len(c.files) || c.size != int64(len(c.files))*blocks*4 {
-			t.Errorf("after %d layers: %d are known, %d bytes", n+1, len(c.files), c.size)
+		c.release([]layerFile{key(n)})
+		c.release([]layerFile{key(n)})
+		want := min(n, 4)
+		if len(c.files) != want+1 || len(c.idle) != want || c.Size() != int64(want+1)*known.size() || c.spare != int64(want)*known.size() {
+			t.Errorf("after %d layers: %d are known, %d idle, %d bytes, %d spare", n, len(c.files), len(c.idle), c.Size(), c.spare)
 		}
+	}
+	if c.use(key(0), blocks) != first {
+		t.Error("a layer that is open was forgotten")
+	}
+	again := c.files[key(8)]
+	if c.use(key(8), blocks) != again || c.spare != 3*again.size() {
+		t.Errorf("a layer that is used again is spare: %d bytes", c.spare)
 	}
 }

@@ -145,6 +145,13 @@ func openFrames(path string) (file *os.File, content io.ReaderAt, size int64, er
 	return f, frames{r, f.Name()}, int64(table.Size()), nil
 }
 
+// framesFootprint is what the content of a compressed layer takes of memory: an entry for
+// each frame, and those that are kept or being decompressed.
+func framesFootprint(size int64) int64 {
+	const entry = 32
+	return (size/frameSize+1)*entry + (framesKept+2)*frameSize
+}
+
 // frames is the content of a compressed layer.
 type frames struct {
 	*seekable.Reader

@@ -169,6 +169,15 @@ func (l *Layer) mapping() []byte {
 	return l.mapped
 }
 
+// footprint is what Footprint counts of a layer.
+func (l *Layer) footprint() int64 {
+	const open = 1 << 10 // the structures of a file
+	if !l.compressed() {
+		return open
+	}
+	return open + framesFootprint(l.Size())
+}
+
 func (l *Layer) close() {
 	l.file.Close()
 	if l.mapped != nil {

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sort"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -37,6 +38,7 @@ type Image struct {
 	header
 	dir    string
 	layers []*Layer // of header.layers
+	closed func()   // nil, or what is to be done at Close
 }
 
 // Run is a range of an image. The bytes are at At of Layer, and zero without one.
@@ -92,7 +94,20 @@ func (img *Image) Close() error {
 	for _, l := range img.layers {
 		l.close()
 	}
+	if img.closed != nil {
+		img.closed()
+	}
 	return nil
+}
+
+// Footprint is how many bytes of this program's memory the open image takes, without
+// what Checks remembers.
+func (img *Image) Footprint() int64 {
+	n := int64(len(img.runs)) * int64(unsafe.Sizeof(run{}))
+	for _, l := range img.layers {
+		n += l.footprint()
+	}
+	return n
 }
 
 // Size is the size of the memory, in bytes.

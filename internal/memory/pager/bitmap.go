@@ -5,6 +5,9 @@ import "sync/atomic"
 // bitmap has a bit for each page of a memory.
 type bitmap []atomic.Uint64
 
+// bitmapSize is how many bytes one of n bits takes.
+func bitmapSize(n int64) int64 { return (n + 63) / 64 * 8 }
+
 func newBitmap(n int64) bitmap { return make(bitmap, (n+63)/64) }
 
 func (b bitmap) has(i int64) bool { return b[i/64].Load()&(1<<(i%64)) != 0 }

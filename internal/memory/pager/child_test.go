@@ -54,6 +54,11 @@ func TestMain(m *testing.M) {
 }
 
 func (o childOrder) run() error {
+	if o.Mode == "earlier" {
+		p := newPager(slog.New(slog.NewTextHandler(os.Stderr, nil)))
+		p.version = 1
+		return p.serve(context.Background(), o.Socket, func() { PrintReady(os.Stdout) })
+	}
 	if o.Mode == "pager" {
 		return Serve(context.Background(), o.Socket, slog.New(slog.NewTextHandler(os.Stderr, nil)), func() { PrintReady(os.Stdout) })
 	}

@@ -2,6 +2,7 @@ package pager
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -21,6 +23,7 @@ import (
 // Client asks a pager. It may be used from several goroutines at once.
 type Client struct {
 	conn    *net.UnixConn
+	version int        // the pager's
 	mu      sync.Mutex // a request and its response at a time
 	answers chan response
 	gone    chan struct{} // closed when the connection is
@@ -35,8 +38,8 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 	c := &Client{conn: conn, answers: make(chan response, 1), gone: make(chan struct{})}
 	go c.read()
 	resp, err := c.ask(ctx, request{Op: opHello})
-	if err == nil && resp.Version != Version {
-		err = fmt.Errorf("pager at %s speaks version %d, and this program %d: end its virtual machines and start it again", socket, resp.Version, Version)
+	if c.version = resp.Version; err == nil && c.version > Version {
+		err = fmt.Errorf("pager at %s is of a later version of wrenn: use that, or end the virtual machines and it with wrenn down", socket)
 	}
 	if err != nil {
 		c.Close()
@@ -50,9 +53,14 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 const Self = "/proc/self/exe"
 
 // Start connects to the pager at socket, and starts one with a command if there is
-// none. It outlives this process, and writes to log.
+// none, or one of an earlier version that serves nobody. It outlives this process, and
+// writes to log.
 func Start(ctx context.Context, socket string, command []string, log *os.File) (*Client, error) {
-	if c, err := Dial(ctx, socket); err == nil || ctx.Err() != nil {
+	c, err := Dial(ctx, socket)
+	if err == nil && c.version < Version {
+		c, err = replace(ctx, socket, c)
+	}
+	if err == nil || ctx.Err() != nil {
 		return c, err
 	}
 	r, w, err := os.Pipe()
@@ -79,6 +87,22 @@ func Start(ctx context.Context, socket string, command []string, log *os.File) (
 		return nil, fmt.Errorf("start pager: it says %q", line)
 	}
 	return Dial(ctx, socket)
+}
+
+// errReplaced says that there is no pager any more.
+var errReplaced = errors.New("the pager was of an earlier version")
+
+// replace ends an earlier pager, unless it serves somebody.
+func replace(ctx context.Context, socket string, c *Client) (*Client, error) {
+	all, err := c.List(ctx)
+	if err == nil && slices.ContainsFunc(all, func(st Status) bool { return st.State != StateEnded }) {
+		return c, nil
+	}
+	c.Close()
+	if err == nil {
+		err = End(ctx, socket)
+	}
+	return nil, cmp.Or(err, errReplaced)
 }
 
 // Drop has the pager at socket forget a virtual machine, which has ended. It may know
@@ -168,6 +192,9 @@ func (r response) err() error {
 // it returns.
 func (c *Client) Register(ctx context.Context, vm VM) error {
 	_, err := c.ask(ctx, request{Op: opRegister, VM: &vm})
+	if err != nil && c.version < Version {
+		err = fmt.Errorf("%w (the pager is of an earlier version, and stays until the virtual machines that it serves have ended)", err)
+	}
 	return err
 }
 

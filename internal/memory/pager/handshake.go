@@ -26,6 +26,7 @@ const (
 	handshakeTime = 10 * time.Second
 	maxHandshake  = 64 << 10
 	maxRegions    = 256
+	maxPieces     = 4 * maxRegions // that a monitor may cut them into
 )
 
 // monitor is the process that has connected, and what it has handed over.

@@ -19,7 +19,12 @@ import (
 // keep is a keeper of pagers that are processes of their own.
 func keep(t *testing.T, socket string) *Keeper {
 	t.Helper()
-	order, err := json.Marshal(childOrder{Mode: "pager", Socket: socket})
+	return keepMode(t, socket, "pager")
+}
+
+func keepMode(t *testing.T, socket, mode string) *Keeper {
+	t.Helper()
+	order, err := json.Marshal(childOrder{Mode: mode, Socket: socket})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,4 +202,47 @@ func TestConnectTogether(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestEarlierPager finds the pager of an earlier version: it is replaced when it serves
+// nobody, and used until then.
+func TestEarlierPager(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, 16, 1, nil)
+	socket := f.dir + "/earlier"
+	connect := func(mode string) (*Client, process.ID) {
+		c, err := keepMode(t, socket, mode).Connect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		h, err := peer(c.conn, os.Geteuid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer h.Close()
+		return c, h.ID
+	}
+	old, pid := connect("earlier")
+	f.client = old
+	m := f.monitor(t, f.vm("a"), "script", 1, false)
+	same, now := connect("pager")
+	if now != pid || same.version != 1 {
+		t.Errorf("while it serves a machine it is process %v, now %v", pid, now)
+	}
+	vm := f.vm("b")
+	vm.Image += "-none"
+	if err := same.Register(t.Context(), vm); err == nil || !strings.Contains(err.Error(), "earlier version") {
+		t.Errorf("what it cannot do is told as %v", err)
+	}
+	m.ask(t, "read 3")
+	m.succeeds(t)
+	for st, err := old.Status(t.Context(), "a"); st.State != StateEnded; st, err = old.Status(t.Context(), "a") {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if c, now := connect("pager"); now == pid || c.version != Version {
+		t.Errorf("when it serves nobody it is process %v still, of version %d", now, c.version)
+	}
 }

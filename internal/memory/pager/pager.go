@@ -24,8 +24,9 @@ import (
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
-// Version is that of the protocol.
-const Version = 1
+// Version is that of the protocol, and of what the pager can do: from 2 on it reads
+// layers that are compressed. A client speaks to earlier ones too.
+const Version = 2
 
 const (
 	maxVMs     = 4096
@@ -57,14 +58,16 @@ type response struct {
 
 // Pager is the process's state.
 type Pager struct {
-	log    *slog.Logger
-	hook   func(string) // of tests
-	socket string
+	log     *slog.Logger
+	hook    func(string) // of tests
+	version int
+	socket  string
 
 	ctx context.Context // ends what serves virtual machines
 	wg  sync.WaitGroup
 
 	checks memory.Checks // of all images
+	budget *budget
 
 	mu  sync.Mutex
 	vms map[string]*attachment
@@ -74,8 +77,13 @@ type Pager struct {
 // they would hang without it. ready is called when it listens. There is one pager
 // at a socket; a second one gives sandbox.ErrConflict.
 func Serve(ctx context.Context, socket string, log *slog.Logger, ready func()) error {
-	p := &Pager{log: log, vms: map[string]*attachment{}}
-	return p.serve(ctx, socket, ready)
+	return newPager(log).serve(ctx, socket, ready)
+}
+
+func newPager(log *slog.Logger) *Pager {
+	p := &Pager{log: log, version: Version, vms: map[string]*attachment{}}
+	p.budget = &budget{limit: OwnMemory() / 2, shared: p.checks.Size}
+	return p
 }
 
 func (p *Pager) serve(ctx context.Context, socket string, ready func()) error {
@@ -156,7 +164,7 @@ func (p *Pager) converse(conn *net.UnixConn) {
 func (p *Pager) answer(r request) (response, error) {
 	switch r.Op {
 	case opHello:
-		return response{Version: Version}, nil
+		return response{Version: p.version}, nil
 	case opRegister:
 		if r.VM == nil {
 			return response{}, sandbox.Errorf(sandbox.ErrInvalid, "no virtual machine is given")
@@ -205,7 +213,7 @@ func (p *Pager) register(vm VM) error {
 	if len(p.vms) >= maxVMs {
 		return sandbox.Errorf(sandbox.ErrExhausted, "%d virtual machines are registered", len(p.vms))
 	}
-	a, err := attach(vm, &p.checks, p.log, p.hook, p.noteMonitors)
+	a, err := p.attach(vm)
 	if err != nil {
 		return err
 	}

@@ -96,7 +96,8 @@ func newFixture(t *testing.T, pages, layers int, hook func(string)) *fixture {
 
 func (f *fixture) start(t *testing.T, hook func(string)) {
 	t.Helper()
-	f.pager = &Pager{log: slog.New(slog.NewTextHandler(t.Output(), nil)), vms: map[string]*attachment{}, hook: hook}
+	f.pager = newPager(slog.New(slog.NewTextHandler(t.Output(), nil)))
+	f.pager.hook = hook
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, done := make(chan struct{}), make(chan error, 1)
 	go func() { done <- f.pager.serve(ctx, f.dir+"/pager", func() { close(ready) }) }()
@@ -432,6 +433,39 @@ func TestImpostor(t *testing.T) {
 		if got := honest.ask(t, "read %d", page); got != fmt.Sprint(f.data[page*4096]) {
 			t.Errorf("page %d of another machine reads %s", page, got)
 		}
+	}
+}
+
+// TestBlocking has a monitor that makes the userfaultfd, which it shares, one that holds
+// up who reads it, when the pager has looked whether it is. The machine can be ended all
+// the same.
+func TestBlocking(t *testing.T) {
+	t.Parallel()
+	var f *fixture
+	block := func(place string) {
+		if place != "put" {
+			return
+		}
+		f.pager.mu.Lock()
+		a := f.pager.vms["a"]
+		f.pager.mu.Unlock()
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		// The flag is of the open file, and so the monitor's too.
+		if err := unix.SetNonblock(a.server.uffd.fd, false); err != nil {
+			t.Error(err)
+		}
+	}
+	f = newFixture(t, 16, 1, block)
+	m := f.monitor(t, f.vm("a"), "script", 1, false)
+	m.ask(t, "read 3")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if st, err := f.client.Remove(ctx, "a"); err != nil || st.Faults != 1 || st.Reason == "" {
+		t.Errorf("%+v (%v), want it ended after one fault", st, err)
+	}
+	if err := m.cmd.Wait(); err == nil {
+		t.Error("its monitor ends by itself, want it killed")
 	}
 }
 

@@ -40,6 +40,9 @@ func stretches(blocks []uint32, page, size int64) []stretch {
 	return out
 }
 
+// prefetchers is how many put a working set in, where so many threads serve faults.
+func prefetchers(threads int) int { return max(threads, 2) }
+
 // prefetch puts a recorded working set in, in its order, and returns when all of
 // it is there.
 func (s *server) prefetch(ctx context.Context, blocks []uint32) error {
@@ -50,9 +53,9 @@ func (s *server) prefetch(ctx context.Context, blocks []uint32) error {
 		s.readAhead(ctx, todo)
 		return nil
 	})
-	for range max(s.threads, 2) {
+	for range prefetchers(s.threads) {
 		g.Go(func() error {
-			buf := s.buffer()
+			buf := s.buffer(pieceSize)
 			for {
 				i := next.Add(1) - 1
 				if i >= int64(len(todo)) {
@@ -121,7 +124,7 @@ const (
 // the host has memory to spare, and leaves the disk and the CPU alone while faults are
 // served.
 func (s *server) background(ctx context.Context, budget int64) error {
-	buf := s.buffer()
+	buf := s.buffer(sequential)
 	begin := s.copied.Load()
 	for r := range s.image.Runs() {
 		if r.Layer == nil {

@@ -3,9 +3,9 @@ package pager
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -41,11 +41,14 @@ func (s *server) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-func (s *server) buffer() []byte { return make([]byte, max(s.page, sequential)) }
+// buffer has room for pieces of so many bytes, and for a page.
+func (s *server) buffer(piece int64) []byte { return make([]byte, bufferSize(s.page, piece)) }
+
+func bufferSize(page, piece int64) int64 { return max(page, piece) }
 
 // help serves what the reader hands on.
 func (s *server) help(ctx context.Context) error {
-	buf := s.buffer()
+	buf := s.buffer(sequential)
 	for {
 		select {
 		case e := <-s.jobs:
@@ -89,7 +92,7 @@ func (s *server) read(ctx context.Context) error {
 		return err
 	}
 	defer w.close()
-	buf := s.buffer()
+	buf := s.buffer(sequential)
 	events := make([]event, 0, eventsAtOnce)
 	bytes := make([]byte, eventsAtOnce*eventSize)
 	for {
@@ -143,6 +146,9 @@ func (s *server) readEvents(bytes []byte, events []event) ([]event, error) {
 		s.note(e)
 		s.hook("noted")
 	}
+	if len(s.regions) > maxPieces {
+		return events, fmt.Errorf("the monitor has its memory in more than %d pieces", maxPieces)
+	}
 	return events, nil
 }
 
@@ -176,43 +182,4 @@ func (s *server) serve(e event, buf []byte) error {
 		around = s.page // what is put in with it is not seen to be touched
 	}
 	return s.fault(e, around, buf)
-}
-
-// recorder notes in which order pages are first touched.
-type recorder struct {
-	mu     sync.Mutex
-	seen   bitmap
-	blocks []uint32
-	done   bool
-}
-
-func (r *recorder) active() bool {
-	if r == nil {
-		return false
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return !r.done
-}
-
-func (r *recorder) add(g *guest, e event) {
-	g.mu.RLock()
-	offset, ok := g.offset(e.b)
-	g.mu.RUnlock()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if page := offset / g.page; ok && !r.done && len(r.blocks) < maxSet && r.seen.set(page) {
-		r.blocks = append(r.blocks, uint32(page*g.page/4096))
-	}
-}
-
-// finish ends the recording and gives what it has. It gives nothing twice.
-func (r *recorder) finish() []uint32 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.done {
-		return nil
-	}
-	r.done = true
-	return r.blocks
 }

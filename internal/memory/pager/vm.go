@@ -1,6 +1,7 @@
 package pager
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -87,6 +88,7 @@ func (v *VM) check() error {
 type attachment struct {
 	vm       VM
 	image    *memory.Image
+	own      account // of the pager's memory
 	listener *listener
 	log      *slog.Logger
 	hook     func(string)
@@ -104,19 +106,27 @@ type attachment struct {
 	prefetched time.Duration
 }
 
-func attach(vm VM, checks *memory.Checks, log *slog.Logger, hook func(string), note func() error) (_ *attachment, err error) {
+// attach makes the virtual machine's socket. What it takes of memory is reserved by then.
+func (p *Pager) attach(vm VM) (_ *attachment, err error) {
 	if err := vm.check(); err != nil {
 		return nil, err
 	}
-	a := &attachment{vm: vm, log: log.With("vm", vm.ID), hook: hook, note: note, state: StateWaiting, done: make(chan struct{})}
-	if a.image, err = checks.Open(vm.Image); err != nil {
+	a := &attachment{
+		vm: vm, own: account{of: p.budget}, log: p.log.With("vm", vm.ID), hook: p.hook, note: p.noteMonitors,
+		state: StateWaiting, done: make(chan struct{}),
+	}
+	if a.image, err = p.checks.Open(vm.Image); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
 			a.image.Close()
+			a.own.close()
 		}
 	}()
+	if err = a.own.need(a.footprint(memory.BlockSize)); err != nil {
+		return nil, err
+	}
 	if a.listener, err = listen(vm.Socket); err != nil {
 		return nil, fmt.Errorf("listen for monitor: %w", err)
 	}
@@ -130,6 +140,7 @@ func attach(vm VM, checks *memory.Checks, log *slog.Logger, hook func(string), n
 // run serves the virtual machine from the connection of its monitor to its end.
 func (a *attachment) run(ctx context.Context) {
 	defer close(a.done)
+	defer a.own.close()
 	defer a.image.Close()
 	m, err := a.accept(ctx)
 	if err == nil {
@@ -209,19 +220,28 @@ func (a *attachment) take(ctx context.Context, conn *net.UnixConn) (*monitor, er
 	return m, m.shake(conn, a.image.Size())
 }
 
+// footprint is how many bytes of the pager's memory the virtual machine takes whose pages
+// have this size. What a working set takes is not in it.
+func (a *attachment) footprint(page int64) int64 {
+	const rest = 160 << 10 // stacks, and where the memory is
+	threads := cmp.Or(a.vm.Threads, defaultThreads)
+	buffers := int64(threads)*bufferSize(page, sequential) +
+		max(int64(prefetchers(threads))*bufferSize(page, pieceSize), bufferSize(page, sequential))
+	return a.image.Footprint() + 2*bitmapSize(a.image.Size()/page) + buffers + rest
+}
+
 func (a *attachment) serve(ctx context.Context, m *monitor) error {
-	s := &server{guest: newGuest(a.image, m, a.hook), threads: a.vm.Threads, around: a.vm.Around}
-	if s.threads == 0 {
-		s.threads = defaultThreads
+	if more := a.footprint(m.page) - a.footprint(memory.BlockSize); more > 0 {
+		if err := a.own.need(more); err != nil {
+			return err
+		}
 	}
-	if s.around == 0 {
-		s.around = pieceSize
-	}
-	blocks := a.workingSet()
-	if a.vm.WorkingSet != "" && blocks == nil {
-		s.record = &recorder{seen: newBitmap(int64(len(s.present)) * 64)}
+	s := &server{guest: newGuest(a.image, m, a.hook), threads: cmp.Or(a.vm.Threads, defaultThreads), around: cmp.Or(a.vm.Around, pieceSize)}
+	set := a.workingSet()
+	if s.record = set.recorder; s.record != nil {
 		defer a.saveSet(s.record)
 	}
+	defer set.close()
 	a.mu.Lock()
 	a.state, a.server = StateServed, s
 	a.mu.Unlock()
@@ -233,27 +253,24 @@ func (a *attachment) serve(ctx context.Context, m *monitor) error {
 		}
 		return errEnded
 	})
-	g.Go(func() error { return a.unasked(ctx, s, blocks) })
+	g.Go(func() error { return a.unasked(ctx, s, set) })
 	return g.Wait()
 }
 
 // unasked puts in what nobody has asked for yet.
-func (a *attachment) unasked(ctx context.Context, s *server, blocks []uint32) error {
+func (a *attachment) unasked(ctx context.Context, s *server, set *workingSet) error {
 	begin := time.Now()
-	if err := s.prefetch(ctx, blocks); err != nil {
+	if err := s.prefetch(ctx, set.blocks); err != nil {
 		return err
 	}
-	if len(blocks) > 0 {
+	if len(set.blocks) > 0 {
 		a.mu.Lock()
 		a.prefetched = time.Since(begin)
 		a.mu.Unlock()
 	}
+	set.close()
 	if s.record != nil {
-		d := a.vm.RecordFor
-		if d == 0 {
-			d = defaultRecord
-		}
-		if err := pause(ctx, d); err != nil {
+		if err := pause(ctx, cmp.Or(a.vm.RecordFor, defaultRecord)); err != nil {
 			return err
 		}
 		a.saveSet(s.record)
@@ -266,37 +283,6 @@ func (a *attachment) unasked(ctx context.Context, s *server, blocks []uint32) er
 		a.log.Warn("the rest of the memory of a virtual machine comes when it is asked for", "err", err)
 	}
 	return nil
-}
-
-// workingSet is nil where one is to be recorded.
-func (a *attachment) workingSet() []uint32 {
-	if a.vm.WorkingSet == "" || a.vm.Record {
-		return nil
-	}
-	blocks, err := ReadWorkingSet(a.vm.WorkingSet)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		a.log.Warn("a working set is recorded again", "err", err)
-	}
-	return blocks
-}
-
-// saveSet ends a recording, and returns when its working set is written.
-func (a *attachment) saveSet(r *recorder) {
-	a.saving.Lock()
-	defer a.saving.Unlock()
-	blocks := r.finish()
-	if len(blocks) == 0 {
-		return
-	}
-	err := WriteWorkingSet(a.vm.WorkingSet, blocks)
-	if a.vm.Copy != "" {
-		if cerr := WriteWorkingSet(a.vm.Copy, blocks); !errors.Is(cerr, os.ErrNotExist) {
-			err = errors.Join(err, cerr)
-		}
-	}
-	if err != nil {
-		a.log.Warn("the working set of a virtual machine is not kept", "err", err)
-	}
 }
 
 func (a *attachment) status() Status {

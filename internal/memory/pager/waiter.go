@@ -4,15 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// waiter waits for the events of a userfaultfd in a thread. The runtime's poller would
-// wake a second one for each event, to look for more to do.
+// waiter waits for the events of a userfaultfd in a thread of its own: that of the
+// goroutine that makes it. The runtime's poller would wake a second one for each event,
+// to look for more to do.
 type waiter struct {
-	fds  [2]unix.PollFd // the userfaultfd, and what is written to when the context ends
-	stop func()
+	fds    [2]unix.PollFd // the userfaultfd, and what is written to when the context ends
+	thread int
+	stop   func() bool   // of the watch for the end of the context
+	closed chan struct{} // nobody waits any more
+	let    chan struct{} // closed when the watch, once begun, is over
 }
 
 func newWaiter(ctx context.Context, fd int) (*waiter, error) {
@@ -20,19 +27,35 @@ func newWaiter(ctx context.Context, fd int) (*waiter, error) {
 	if err != nil {
 		return nil, fmt.Errorf("wait for page faults: %w", err)
 	}
-	told := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(told)
-		_, _ = unix.Write(end, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // there is room for it
-	})
-	w := &waiter{fds: [2]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(end), Events: unix.POLLIN}}}
-	w.stop = func() {
-		if !stop() {
-			<-told
-		}
-		unix.Close(end)
+	runtime.LockOSThread()
+	w := &waiter{
+		fds:    [2]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(end), Events: unix.POLLIN}},
+		thread: unix.Gettid(), closed: make(chan struct{}), let: make(chan struct{}),
 	}
+	w.stop = context.AfterFunc(ctx, w.release)
 	return w, nil
+}
+
+const releaseAgain = 10 * time.Millisecond
+
+// release has the thread return from what it is in, and comes back when it has.
+func (w *waiter) release() {
+	defer close(w.let)
+	_, _ = unix.Write(int(w.fds[1].Fd), []byte{1, 0, 0, 0, 0, 0, 0, 0}) // there is room for it
+	again := time.NewTicker(releaseAgain)
+	defer again.Stop()
+	for {
+		select {
+		case <-w.closed:
+			return
+		case <-again.C:
+		}
+		// The monitor shares the userfaultfd, and can make it one that holds up who reads
+		// it, at any time. A signal has the thread look again; the runtime takes this one
+		// for nothing.
+		_ = unix.SetNonblock(int(w.fds[0].Fd), true)
+		_ = unix.Tgkill(os.Getpid(), w.thread, unix.SIGURG)
+	}
 }
 
 // wait returns when there is something to read, or the context has ended.
@@ -49,4 +72,11 @@ func (w *waiter) wait() error {
 	return nil
 }
 
-func (w *waiter) close() { w.stop() }
+func (w *waiter) close() {
+	close(w.closed)
+	if !w.stop() {
+		<-w.let
+	}
+	unix.Close(int(w.fds[1].Fd))
+	runtime.UnlockOSThread()
+}
