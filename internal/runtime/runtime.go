@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"time"
 
-	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -65,23 +64,6 @@ type Runtime interface {
 	// host, running or not, also after a Create cut off at any point. It is
 	// idempotent; state may be empty.
 	Discard(ctx context.Context, id sandbox.ID, state json.RawMessage) error
-}
-
-// GuestInitPath is where the guest finds its init. A template holds an empty file
-// there for the runtime to mount the guest agent on; where it is missing, the
-// first Create makes it, the only write to a template there is.
-const GuestInitPath = "/usr/bin/envd"
-
-// Config is what an instance is made from.
-type Config struct {
-	ID        sandbox.ID    // the instance's own, never used before: a sandbox has another one after each resume
-	RootFS    string        // directory of the template's root filesystem; shared, never written
-	Dir       string        // directory of the instance's own; made by the caller, removed by the caller
-	GuestInit string        // host path of the static guest agent that becomes the guest's pid 1
-	InitArgs  []string      // its arguments, without argv[0]
-	Slot      *network.Slot // the network it is put into, prepared for this start; owned by the caller
-	Hostname  string
-	Resources sandbox.Resources
 }
 
 // ImageKind says what of an instance an image holds.

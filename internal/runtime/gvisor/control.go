@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/runtime/life"
 )
 
 // Methods of the engine. It serves them to runsc on a socket, as one JSON object
@@ -31,8 +33,8 @@ func (i *instance) call(ctx context.Context, method string, arg any, result any,
 	defer func() {
 		switch {
 		case err == nil:
-		case i.engine.Ended(), brokenOff(err):
-			err = i.gone()
+		case i.Engine.Ended(), brokenOff(err):
+			err = life.Gone(i.ID)
 		case ctx.Err() != nil:
 			err = context.Cause(ctx)
 		}
@@ -92,7 +94,7 @@ func brokenOff(err error) bool {
 
 // dial connects to the engine's socket.
 func (i *instance) dial() (*net.UnixConn, error) {
-	rs, err := readRunscState(i.rt.cfg.Root, i.id)
+	rs, err := readRunscState(i.rt.cfg.Root, i.ID)
 	if err != nil {
 		return nil, err
 	}

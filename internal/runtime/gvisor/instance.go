@@ -2,8 +2,6 @@ package gvisor
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,6 +13,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/process"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -32,73 +31,55 @@ type state struct {
 
 // instance is one sandbox. It implements runtime.Instance.
 type instance struct {
+	*life.Instance
 	rt    *Runtime
-	id    sandbox.ID
 	state state
-	raw   json.RawMessage
 
-	engine *process.Handle
-	oom    *os.File    // readable when the guest is out of memory; nil where the kernel needs no help
-	oomed  atomic.Bool // it was
-	done   chan struct{}
-	exit   runtime.Exit // set before done is closed
+	oom   *os.File    // readable when the guest is out of memory; nil where the kernel needs no help
+	oomed atomic.Bool // it was
 
 	snapshots sync.Mutex // held while one is taken, or the guest resumed
-
-	mu       sync.Mutex
-	stopping bool      // Stop was called
-	teardown *teardown // the clean-up under way or over; nil before the first
-}
-
-// teardown is one attempt to free an instance.
-type teardown struct {
-	over chan struct{}
-	err  error // valid once over is closed
 }
 
 // open takes hold of a running instance and watches for its end. The error is
 // os.ErrProcessDone when the engine has ended.
 func (r *Runtime) open(id sandbox.ID, st state) (*instance, error) {
-	raw, err := json.Marshal(st)
-	if err != nil {
+	i := &instance{rt: r, state: st}
+	var err error
+	if i.Instance, err = r.set.Hold(id, st.Engine, st, i.free); err != nil {
 		return nil, err
 	}
-	engine, err := st.Engine.Open()
-	if err != nil {
+	if i.oom, err = r.set.Cgroups.OOMEvents(r.set.Group(id)); err != nil {
+		i.Engine.Close()
 		return nil, err
 	}
-	i := &instance{rt: r, id: id, state: st, raw: raw, engine: engine, done: make(chan struct{})}
-	if i.oom, err = r.cgroups.OOMEvents(group(r.cfg.Tag, id)); err != nil {
-		engine.Close()
-		return nil, err
-	}
-	r.work.Go(i.watch)
+	r.set.Go(i.watch)
 	if i.oom != nil {
-		r.work.Go(i.watchMemory)
+		r.set.Go(i.watchMemory)
 	}
 	return i, nil
 }
 
 // watch waits for the end of the engine, or of the runtime.
 func (i *instance) watch() {
-	defer i.engine.Close()
+	defer i.Engine.Close()
 	if i.oom != nil {
 		defer i.oom.Close()
 	}
-	if err := i.engine.Wait(i.rt.ctx); err != nil {
+	if err := i.Engine.Wait(i.rt.set.Context()); err != nil {
 		return // the runtime is closed; the instance goes on without us
 	}
-	i.exit = i.explain()
+	exit := i.explain()
 	// The gofer ends with the engine; as a child of ours it would stay a zombie.
 	if gofer, err := i.state.Gofer.Open(); err == nil {
-		ctx, cancel := context.WithTimeout(i.rt.ctx, time.Second)
+		ctx, cancel := context.WithTimeout(i.rt.set.Context(), time.Second)
 		if gofer.Wait(ctx) == nil { // the clean-up waits again
 			gofer.Reap()
 		}
 		cancel()
 		gofer.Close()
 	}
-	close(i.done)
+	i.End(exit)
 }
 
 // watchMemory ends the engine when the guest has used up its memory. The kernel
@@ -111,21 +92,19 @@ func (i *instance) watchMemory() {
 			return // closed: the engine has ended, or the runtime is closed
 		}
 		// The removal of the cgroup is an event too.
-		if !i.rt.cgroups.Exists(group(i.rt.cfg.Tag, i.id)) {
+		if !i.rt.set.Cgroups.Exists(i.rt.set.Group(i.ID)) {
 			return
 		}
 		i.oomed.Store(true)
-		_ = i.engine.Kill() // it may have been the kernel's choice
+		_ = i.Engine.Kill() // it may have been the kernel's choice
 	}
 }
 
 // explain finds out why the engine ended, while its cgroup and files are there.
 func (i *instance) explain() runtime.Exit {
-	status, known := i.engine.ExitStatus() // reaps it, so always
-	cg, name := i.rt.cgroups, group(i.rt.cfg.Tag, i.id)
-	i.mu.Lock()
-	stopped := i.stopping
-	i.mu.Unlock()
+	status, known := i.Engine.ExitStatus() // reaps it, so always
+	stopped := i.Stopping()
+	cg, name := i.rt.set.Cgroups, i.rt.set.Group(i.ID)
 	switch {
 	case i.oomed.Load() || cg.OutOfMemory(name):
 		return runtime.Exit{
@@ -162,107 +141,7 @@ func ending(dir string, status unix.WaitStatus, known bool) string {
 	}
 }
 
-// State implements runtime.Instance.
-func (i *instance) State() json.RawMessage { return i.raw }
-
-// Done implements runtime.Instance.
-func (i *instance) Done() <-chan struct{} { return i.done }
-
-// Exit implements runtime.Instance.
-func (i *instance) Exit() runtime.Exit {
-	select {
-	case <-i.done:
-		return i.exit
-	default:
-		return runtime.Exit{}
-	}
-}
-
-// Stop implements runtime.Instance.
-func (i *instance) Stop(ctx context.Context) error {
-	t := i.beginTeardown()
-	select {
-	case <-t.over:
-		return t.err
-	case <-ctx.Done():
-		return fmt.Errorf("stop sandbox %s: %w", i.id, ctx.Err())
-	}
-}
-
-// beginTeardown starts to free the instance, unless that is under way or done.
-func (i *instance) beginTeardown() *teardown {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.stopping = true
-	if t := i.teardown; t != nil {
-		select {
-		case <-t.over:
-			if t.err == nil {
-				return t
-			}
-		default:
-			return t
-		}
-	}
-	t := &teardown{over: make(chan struct{})}
-	i.teardown = t
-	i.rt.work.Go(func() {
-		defer close(t.over)
-		ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
-		defer cancel()
-		t.err = i.free(ctx)
-	})
-	return t
-}
-
+// free frees all that there is of the instance.
 func (i *instance) free(ctx context.Context) error {
-	// The engine first and alone: with it the kernel ends everything in the
-	// guest, and Exit is known before the cgroup goes.
-	engine, err := i.state.Engine.Open()
-	if err == nil {
-		err = engine.Kill()
-		engine.Close()
-	}
-	if err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("stop sandbox %s: %w", i.id, err)
-	}
-	select {
-	case <-i.done:
-	case <-i.rt.ctx.Done(): // no watcher any more
-	case <-ctx.Done():
-		return fmt.Errorf("stop sandbox %s: %w", i.id, ctx.Err())
-	}
-	if err := free(ctx, i.rt.cgroups, i.rt.cfg.Root, i.rt.cfg.Tag, i.id, i.state.Dir); err != nil {
-		return fmt.Errorf("stop sandbox %s: %w", i.id, err)
-	}
-	return nil
-}
-
-// Stats implements runtime.Instance.
-func (i *instance) Stats(context.Context) (runtime.Stats, error) {
-	cg, name := i.rt.cgroups, group(i.rt.cfg.Tag, i.id)
-	cpu, err := cg.CPUTime(name)
-	if err != nil {
-		return runtime.Stats{}, i.statsError(err)
-	}
-	memory, err := cg.Memory(name)
-	if err != nil {
-		return runtime.Stats{}, i.statsError(err)
-	}
-	pids, err := cg.PIDs(name)
-	if err != nil {
-		return runtime.Stats{}, i.statsError(err)
-	}
-	return runtime.Stats{Time: time.Now(), CPU: cpu, MemoryBytes: memory, PIDs: pids}, nil
-}
-
-func (i *instance) gone() error {
-	return sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", i.id)
-}
-
-func (i *instance) statsError(err error) error {
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return i.gone()
-	}
-	return fmt.Errorf("measure sandbox %s: %w", i.id, err)
+	return free(ctx, i.rt.set, i.rt.cfg.Root, i.ID, i.state.Dir)
 }

@@ -16,17 +16,17 @@ func memoryLimit(memoryMiB int64) int64 { return (memoryMiB + 64 + memoryMiB/16)
 // few times what it holds of them anyway; and the guest, which could use it up,
 // does not run. An engine that runs out of memory there takes the guest with it.
 func (r *Runtime) liftMemory(id sandbox.ID, memoryMiB int64) error {
-	return r.cgroups.LimitMemory(group(r.cfg.Tag, id), 4*memoryLimit(memoryMiB))
+	return r.set.Cgroups.LimitMemory(r.set.Group(id), 4*memoryLimit(memoryMiB))
 }
 
 // settleMemory sets the limit for a running guest. What the engine needed for an
 // image it keeps for a while, and what is used cannot be taken back.
 func (r *Runtime) settleMemory(id sandbox.ID, memoryMiB int64) error {
 	const spare = 32 << 20
-	name, limit := group(r.cfg.Tag, id), memoryLimit(memoryMiB)
-	used, err := r.cgroups.Memory(name)
+	name, limit := r.set.Group(id), memoryLimit(memoryMiB)
+	used, err := r.set.Cgroups.Memory(name)
 	if err != nil {
 		return fmt.Errorf("limit memory: %w", err)
 	}
-	return r.cgroups.LimitMemory(name, max(limit, used+spare))
+	return r.set.Cgroups.LimitMemory(name, max(limit, used+spare))
 }

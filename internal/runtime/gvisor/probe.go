@@ -14,6 +14,7 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -34,13 +35,13 @@ func (r *Runtime) Probe(ctx context.Context) error {
 	defer os.RemoveAll(dir)
 	id := sandbox.NewID()
 	defer func() {
-		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), life.FreeTime)
 		defer cancel()
-		if err := free(cleanup, r.cgroups, r.cfg.Root, r.cfg.Tag, id, dir); err != nil {
+		if err := free(cleanup, r.set, r.cfg.Root, id, dir); err != nil {
 			r.cfg.Log.Warn("probe left something", "err", err)
 		}
 	}()
-	if err := writeProbe(dir, group(r.cfg.Tag, id)); err != nil {
+	if err := writeProbe(dir, r.set.Group(id)); err != nil {
 		return fmt.Errorf("probe gvisor: %w", err)
 	}
 	log := filepath.Join(dir, logFile)

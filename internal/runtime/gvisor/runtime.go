@@ -19,14 +19,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
-	"time"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/wrenn/wrenn/internal/cgroup"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -41,15 +38,8 @@ type Config struct {
 // Runtime makes gVisor instances. It implements runtime.Runtime.
 type Runtime struct {
 	cfg     Config
-	cgroups cgroup.Trees
+	set     *life.Set
 	version string
-
-	ctx  context.Context // ends with Close
-	stop context.CancelFunc
-	work sync.WaitGroup // watchers and clean-ups
-
-	mu      sync.Mutex
-	claimed map[sandbox.ID]bool // ids being created just now
 }
 
 var _ runtime.Runtime = (*Runtime)(nil)
@@ -62,15 +52,11 @@ func New(cfg Config) (*Runtime, error) {
 	if err := os.MkdirAll(cfg.Root, 0o711); err != nil {
 		return nil, fmt.Errorf("new gvisor runtime: %w", err)
 	}
-	cgroups, err := cgroup.Find()
+	set, err := life.OpenSet(cfg.Tag)
 	if err != nil {
 		return nil, fmt.Errorf("new gvisor runtime: %w", err)
 	}
-	ctx, stop := context.WithCancel(context.Background())
-	return &Runtime{
-		cfg: cfg, cgroups: cgroups, version: engineVersion(cfg.Binary),
-		ctx: ctx, stop: stop, claimed: map[sandbox.ID]bool{},
-	}, nil
+	return &Runtime{cfg: cfg, set: set, version: engineVersion(cfg.Binary)}, nil
 }
 
 // Name implements runtime.Runtime.
@@ -98,22 +84,22 @@ func engineVersion(binary string) string {
 // Close ends what the runtime does in this process. Instances that run go on; if
 // there is none, the runtime's traces on the host go too.
 func (r *Runtime) Close() error {
-	r.stop()
-	r.work.Wait()
-	if len(r.cgroups.Children(parentGroup(r.cfg.Tag))) > 0 {
+	r.set.Close()
+	if len(r.set.IDs()) > 0 {
 		return nil
 	}
-	return removeTraces(r.cgroups, r.cfg.Root, r.cfg.Tag)
+	return removeTraces(r.set, r.cfg.Root)
 }
 
 // RemoveAll ends every instance of the platform with this root and tag and
 // frees all that the runtime holds for it.
 func RemoveAll(root, tag string) error {
-	cgroups, err := cgroup.Find()
+	set, err := life.OpenSet(tag)
 	if err != nil {
 		return fmt.Errorf("remove all sandboxes: %w", err)
 	}
-	ids := cgroups.Children(parentGroup(tag))
+	defer set.Close()
+	ids := set.IDs()
 	states, _ := filepath.Glob(stateFile(root, "*"))
 	for _, path := range states {
 		id, _, _ := strings.Cut(filepath.Base(path), "_")
@@ -121,24 +107,14 @@ func RemoveAll(root, tag string) error {
 			ids = append(ids, id)
 		}
 	}
-	var g errgroup.Group
-	g.SetLimit(8)
-	for _, id := range ids {
-		g.Go(func() error {
-			ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
-			defer cancel()
-			return free(ctx, cgroups, root, tag, sandbox.ID(id), "")
-		})
-	}
-	return errors.Join(g.Wait(), removeTraces(cgroups, root, tag))
+	err = life.FreeAll(ids, func(ctx context.Context, id sandbox.ID) error { return free(ctx, set, root, id, "") })
+	return errors.Join(err, removeTraces(set, root))
 }
 
 // removeTraces removes what is there once per platform: the parent cgroup, and
 // the empty network namespace that runsc keeps mounted for its gofers.
-func removeTraces(cgroups cgroup.Trees, root, tag string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	errs := []error{cgroups.Remove(ctx, parentGroup(tag))}
+func removeTraces(set *life.Set, root string) error {
+	err := set.RemoveParent()
 	entries, _ := os.ReadDir(root)
 	for _, e := range entries {
 		path := filepath.Join(root, e.Name())
@@ -147,11 +123,9 @@ func removeTraces(cgroups cgroup.Trees, root, tag string) error {
 			os.Remove(path) // fails, and is tried again, while a mount is left
 		}
 	}
-	return errors.Join(errs...)
+	return err
 }
 
-func parentGroup(tag string) string               { return "/wrenn-" + tag }
-func group(tag string, id sandbox.ID) string      { return filepath.Join(parentGroup(tag), string(id)) }
 func stateFile(root string, id sandbox.ID) string { return statePath(root, id, "state") }
 
 // statePath is where runsc keeps what it knows of a container.
@@ -162,15 +136,15 @@ func statePath(root string, id sandbox.ID, ext string) string {
 // Adopt implements runtime.Runtime.
 func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (runtime.Instance, error) {
 	var st state
-	if err := json.Unmarshal(raw, &st); err != nil {
-		return nil, &sandbox.Error{Kind: sandbox.ErrInvalid, Message: fmt.Sprintf("the recorded state of sandbox %s is damaged", id), Cause: err}
+	if err := life.ReadState(id, raw, &st); err != nil {
+		return nil, err
 	}
 	if st.Version == "" { // it is from before this was recorded
 		st.Version = r.version
 	}
 	inst, err := r.open(id, st)
 	if errors.Is(err, os.ErrProcessDone) {
-		return nil, sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", id)
+		return nil, life.Gone(id)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("adopt sandbox %s: %w", id, err)
@@ -197,23 +171,16 @@ func (r *Runtime) Discard(ctx context.Context, id sandbox.ID, raw json.RawMessag
 			r.cfg.Log.Warn("discarding without the recorded state", "sandbox", id, "err", err)
 		}
 	}
-	if err := free(ctx, r.cgroups, r.cfg.Root, r.cfg.Tag, id, st.Dir); err != nil {
+	if err := free(ctx, r.set, r.cfg.Root, id, st.Dir); err != nil {
 		return fmt.Errorf("discard sandbox %s: %w", id, err)
 	}
 	return nil
 }
 
-// teardownTime bounds a clean-up: processes end in milliseconds, so this is
-// only reached when the host is in deep trouble.
-const teardownTime = 30 * time.Second
-
 // free ends and removes everything that an instance of this id may have on the
 // host, however much of it is there. dir may be empty when it is not known.
-func free(ctx context.Context, cgroups cgroup.Trees, root, tag string, id sandbox.ID, dir string) error {
-	if err := cgroups.Kill(ctx, group(tag, id)); err != nil {
-		return err
-	}
-	if err := cgroups.Remove(ctx, group(tag, id)); err != nil {
+func free(ctx context.Context, set *life.Set, root string, id sandbox.ID, dir string) error {
+	if err := set.EndGroup(ctx, id); err != nil {
 		return err
 	}
 	paths := []string{stateFile(root, id), statePath(root, id, "lock")}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -24,7 +25,7 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 	defer i.snapshots.Unlock()
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("snapshot sandbox %s: %w", i.id, err)
+			err = fmt.Errorf("snapshot sandbox %s: %w", i.ID, err)
 		}
 	}()
 	if err := ctx.Err(); err != nil {
@@ -42,12 +43,12 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 			return err
 		}
 	}
-	if err := i.rt.liftMemory(i.id, i.state.MemoryMiB); err != nil {
-		return i.statsError(err)
+	if err := i.rt.liftMemory(i.ID, i.state.MemoryMiB); err != nil {
+		return i.MeasureError(err)
 	}
 	err = i.writeImage(image)
 	if !pause {
-		err = errors.Join(err, i.rt.settleMemory(i.id, i.state.MemoryMiB))
+		err = errors.Join(err, i.rt.settleMemory(i.ID, i.state.MemoryMiB))
 	}
 	return errors.Join(err, ctx.Err())
 }
@@ -124,8 +125,8 @@ func (i *instance) imageSize(kind runtime.ImageKind) (int64, error) {
 			bytes += st.Blocks * 512
 		}
 	}
-	if len(seen) == 0 && i.engine.Ended() {
-		return 0, i.gone()
+	if len(seen) == 0 && i.Engine.Ended() {
+		return 0, life.Gone(i.ID)
 	}
 	return bytes + bytes/8 + 16<<20, nil
 }
@@ -138,7 +139,7 @@ func (i *instance) Resume(ctx context.Context) error {
 	i.snapshots.Lock()
 	defer i.snapshots.Unlock()
 	if err := i.resume(ctx); err != nil {
-		return fmt.Errorf("resume sandbox %s: %w", i.id, err)
+		return fmt.Errorf("resume sandbox %s: %w", i.ID, err)
 	}
 	return nil
 }
@@ -161,7 +162,7 @@ func (i *instance) resume(ctx context.Context) error {
 	}
 	paused, err := i.paused(ctx)
 	if err == nil {
-		err = i.rt.settleMemory(i.id, i.state.MemoryMiB)
+		err = i.rt.settleMemory(i.ID, i.state.MemoryMiB)
 	}
 	if err == nil && paused {
 		err = i.call(ctx, methodResume, struct{}{}, nil)

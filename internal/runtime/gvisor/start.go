@@ -10,6 +10,7 @@ import (
 
 	"github.com/wrenn/wrenn/internal/process"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -43,15 +44,18 @@ func (r *Runtime) Restore(ctx context.Context, cfg runtime.Config, image runtime
 // start makes an instance, from an image unless that is nil. When it fails,
 // nothing is left.
 func (r *Runtime) start(ctx context.Context, cfg runtime.Config, image *runtime.Image) (*instance, error) {
-	if err := r.claim(cfg.ID); err != nil {
+	if err := r.set.Claim(cfg.ID); err != nil {
 		return nil, err
 	}
-	defer r.release(cfg.ID)
+	defer r.set.Release(cfg.ID)
+	if _, err := os.Lstat(stateFile(r.cfg.Root, cfg.ID)); err == nil {
+		return nil, life.InUse(cfg.ID)
+	}
 	inst, err := r.launch(ctx, cfg, image)
 	if err != nil {
-		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), life.FreeTime)
 		defer cancel()
-		if ferr := free(cleanup, r.cgroups, r.cfg.Root, r.cfg.Tag, cfg.ID, cfg.Dir); ferr != nil {
+		if ferr := free(cleanup, r.set, r.cfg.Root, cfg.ID, cfg.Dir); ferr != nil {
 			r.cfg.Log.Error("failed start left something", "sandbox", cfg.ID, "err", ferr)
 		}
 		return nil, err
@@ -61,47 +65,16 @@ func (r *Runtime) start(ctx context.Context, cfg runtime.Config, image *runtime.
 
 // check refuses what runsc would take and misunderstand.
 func check(cfg runtime.Config) error {
-	if _, err := sandbox.ParseID(string(cfg.ID)); err != nil {
+	if err := cfg.Check(); err != nil {
 		return err
-	}
-	if res := cfg.Resources; res.CPUs <= 0 || res.MemoryMiB <= 0 || res.DiskMiB <= 0 || res.PIDs <= 0 {
-		return sandbox.Errorf(sandbox.ErrInvalid, "resources must be above zero: %+v", res)
 	}
 	if cfg.Slot == nil {
 		return sandbox.Errorf(sandbox.ErrInvalid, "a sandbox needs a network slot")
-	}
-	for _, path := range []string{cfg.RootFS, cfg.Dir, cfg.GuestInit} {
-		if !filepath.IsAbs(path) {
-			return fmt.Errorf("path %q is not absolute", path)
-		}
-	}
-	if info, err := os.Stat(cfg.RootFS); err != nil {
-		return fmt.Errorf("open root filesystem: %w", err)
-	} else if !info.IsDir() {
-		return fmt.Errorf("open root filesystem: %s is no directory", cfg.RootFS)
 	}
 	if _, err := os.Stat(cfg.GuestInit); err != nil {
 		return fmt.Errorf("open guest agent: %w", err)
 	}
 	return nil
-}
-
-// claim takes the id for a creation.
-func (r *Runtime) claim(id sandbox.ID) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	_, err := os.Lstat(stateFile(r.cfg.Root, id))
-	if r.claimed[id] || err == nil || r.cgroups.Exists(group(r.cfg.Tag, id)) {
-		return sandbox.Errorf(sandbox.ErrConflict, "sandbox %s exists already", id)
-	}
-	r.claimed[id] = true
-	return nil
-}
-
-func (r *Runtime) release(id sandbox.ID) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.claimed, id)
 }
 
 // launch runs the commands that make the instance.
@@ -116,8 +89,7 @@ func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime
 			return nil, err
 		}
 	}
-	cgroup := group(r.cfg.Tag, cfg.ID)
-	if err := writeBundle(cfg, cgroup, image == nil); err != nil {
+	if err := writeBundle(cfg, r.set.Group(cfg.ID), image == nil); err != nil {
 		return nil, err
 	}
 	if image == nil {

@@ -10,7 +10,7 @@ import (
 // where they are many, so that the next image is one of few. It does so beside the
 // running machine, and for one machine at a time.
 func (i *instance) compact() {
-	ctx, cancel := context.WithCancel(i.rt.ctx)
+	ctx, cancel := context.WithCancel(i.rt.set.Context())
 	over := make(chan struct{})
 	i.mu.Lock()
 	i.compaction = func() {
@@ -18,7 +18,7 @@ func (i *instance) compact() {
 		<-over
 	}
 	i.mu.Unlock()
-	i.rt.work.Go(func() {
+	i.rt.set.Go(func() {
 		defer close(over)
 		defer cancel()
 		select {
@@ -29,7 +29,7 @@ func (i *instance) compact() {
 		}
 		// Without it the next image has more layers, and nothing else is lost.
 		if err := memory.Shorten(ctx, i.state.Machine.Base()); err != nil && ctx.Err() == nil {
-			i.rt.cfg.Log.Warn("the layers of a sandbox's memory stay as many as they are", "sandbox", i.id, "err", err)
+			i.rt.cfg.Log.Warn("the layers of a sandbox's memory stay as many as they are", "sandbox", i.ID, "err", err)
 		}
 	})
 }

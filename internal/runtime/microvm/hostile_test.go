@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 )
 
 // lateMonitor pauses its machine and answers too late.
@@ -34,7 +35,7 @@ func (m *lateMonitor) Resume(context.Context, Machine) error {
 
 func TestAMachineGoesOnAfterAPauseThatCameTooLate(t *testing.T) {
 	monitor := &lateMonitor{}
-	i := &instance{rt: &Runtime{cfg: Config{Monitor: monitor, Log: slog.New(slog.DiscardHandler)}, ctx: t.Context()}, done: make(chan struct{})}
+	i := &instance{Instance: &life.Instance{}, rt: &Runtime{cfg: Config{Monitor: monitor, Log: slog.New(slog.DiscardHandler)}}}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	for _, pause := range []bool{false, true} {

@@ -12,6 +12,7 @@ import (
 	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/memory"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -80,13 +81,13 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 	defer i.snapshots.Unlock()
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("snapshot sandbox %s: %w", i.id, err)
+			err = fmt.Errorf("snapshot sandbox %s: %w", i.ID, err)
 		}
 	}()
 	m, monitor := i.state.Machine, i.rt.cfg.Monitor
 	select {
-	case <-i.done:
-		return i.gone()
+	case <-i.Done():
+		return life.Gone(i.ID)
 	default:
 	}
 	i.endCompaction()
@@ -98,7 +99,7 @@ func (i *instance) Snapshot(ctx context.Context, image runtime.Image, pause bool
 		return nil
 	}
 	// Also when the caller has gone: it is not the guest's fault.
-	resume, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+	resume, cancel := context.WithTimeout(context.WithoutCancel(ctx), life.FreeTime)
 	defer cancel()
 	err = i.orGone(errors.Join(err, monitor.Resume(resume, m)))
 	if err == nil && image.Kind == runtime.ImageMemory {
@@ -158,7 +159,7 @@ func sizes(dir string) (map[string]int64, error) {
 // Identify implements runtime.Instance.
 func (i *instance) Identify(ctx context.Context, sandboxID, templateID string) error {
 	if err := i.rt.cfg.Monitor.Identify(ctx, i.state.Machine, sandboxID, templateID); err != nil {
-		return fmt.Errorf("identify sandbox %s: %w", i.id, i.orGone(err))
+		return fmt.Errorf("identify sandbox %s: %w", i.ID, i.orGone(err))
 	}
 	return nil
 }
@@ -168,7 +169,7 @@ func (i *instance) Resume(ctx context.Context) error {
 	i.snapshots.Lock()
 	defer i.snapshots.Unlock()
 	if err := i.rt.cfg.Monitor.Resume(ctx, i.state.Machine); err != nil {
-		return fmt.Errorf("resume sandbox %s: %w", i.id, i.orGone(err))
+		return fmt.Errorf("resume sandbox %s: %w", i.ID, i.orGone(err))
 	}
 	return nil
 }

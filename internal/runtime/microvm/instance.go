@@ -2,18 +2,16 @@ package microvm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/wrenn/wrenn/internal/process"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -25,40 +23,24 @@ type state struct {
 
 // instance is one sandbox. It implements runtime.Instance.
 type instance struct {
-	rt    *Runtime
-	id    sandbox.ID
-	state state
-	raw   json.RawMessage
-
-	engine  *process.Handle // the monitor
-	console *console
-	done    chan struct{}
-	exit    runtime.Exit // set before done is closed
+	*life.Instance // its engine is the monitor
+	rt             *Runtime
+	state          state
+	console        *console
 
 	snapshots sync.Mutex // held while one is taken, or the machine resumed
 
 	mu         sync.Mutex
-	stopping   bool      // Stop was called
-	teardown   *teardown // the clean-up under way or over; nil before the first
-	compaction func()    // ends what compact began, and waits for it; nil: nothing was begun
-}
-
-// teardown is one attempt to free an instance.
-type teardown struct {
-	over chan struct{}
-	err  error // valid once over is closed
+	compaction func() // ends what compact began, and waits for it; nil: nothing was begun
 }
 
 // open takes hold of a running machine and watches for its end. The error is
 // os.ErrProcessDone when the monitor has ended.
 func (r *Runtime) open(st state) (*instance, error) {
-	raw, err := json.Marshal(st)
-	if err != nil {
-		return nil, err
-	}
-	st.Machine.Cgroups = r.cgroups
-	engine, err := st.Machine.PID.Open()
-	if err != nil {
+	st.Machine.Cgroups = r.set.Cgroups
+	i := &instance{rt: r, state: st}
+	var err error
+	if i.Instance, err = r.set.Hold(st.Machine.ID, st.Machine.PID, st, i.free); err != nil {
 		return nil, err
 	}
 	console, err := openConsole(st.Machine)
@@ -67,14 +49,14 @@ func (r *Runtime) open(st state) (*instance, error) {
 		// directory is the monitor's, which may have been taken over.
 		r.cfg.Log.Warn("a machine's console cannot be read", "sandbox", st.Machine.ID, "err", err)
 	}
-	i := &instance{rt: r, id: st.Machine.ID, state: st, raw: raw, engine: engine, console: console, done: make(chan struct{})}
+	i.console = console
 	reading := make(chan struct{})
-	ctx, cancel := context.WithCancel(r.ctx)
-	r.work.Go(func() {
+	ctx, cancel := context.WithCancel(r.set.Context())
+	r.set.Go(func() {
 		defer close(reading)
 		console.follow(ctx)
 	})
-	r.work.Go(func() {
+	r.set.Go(func() {
 		defer cancel()
 		i.watch(func() {
 			cancel()
@@ -88,29 +70,26 @@ func (r *Runtime) open(st state) (*instance, error) {
 // watch waits for the end of the monitor, or of the runtime. stopReading ends what
 // follows the console.
 func (i *instance) watch(stopReading func()) {
-	defer i.engine.Close()
+	defer i.Engine.Close()
 	defer i.console.close()
-	err := i.engine.Wait(i.rt.ctx)
+	err := i.Engine.Wait(i.rt.set.Context())
 	stopReading()
 	if err != nil {
 		return // the runtime is closed; the machine goes on without us
 	}
 	i.console.drain()
-	i.exit = i.explain()
-	close(i.done)
+	i.End(i.explain())
 }
 
 // explain finds out why the monitor ended, while its cgroup is there.
 func (i *instance) explain() runtime.Exit {
-	status, known := i.engine.ExitStatus() // reaps it, so always
-	i.mu.Lock()
-	stopped := i.stopping
-	i.mu.Unlock()
+	status, known := i.Engine.ExitStatus() // reaps it, so always
+	stopped := i.Stopping()
 	if why := EndReason(i.state.Machine); why != "" {
 		return runtime.Exit{Reason: "the sandbox's machine was ended: " + why}
 	}
 	switch {
-	case i.rt.cgroups.OutOfMemory(i.state.Machine.Group):
+	case i.rt.set.Cgroups.OutOfMemory(i.state.Machine.Group):
 		return outOfMemory(i.state.Resources.MemoryMiB)
 	case stopped:
 		return runtime.Exit{Reason: "stopped"}
@@ -123,101 +102,10 @@ func (i *instance) explain() runtime.Exit {
 	}
 }
 
-// State implements runtime.Instance.
-func (i *instance) State() json.RawMessage { return i.raw }
-
-// Done implements runtime.Instance.
-func (i *instance) Done() <-chan struct{} { return i.done }
-
-// Exit implements runtime.Instance.
-func (i *instance) Exit() runtime.Exit {
-	select {
-	case <-i.done:
-		return i.exit
-	default:
-		return runtime.Exit{}
-	}
-}
-
-// Stop implements runtime.Instance.
-func (i *instance) Stop(ctx context.Context) error {
-	t := i.beginTeardown()
-	select {
-	case <-t.over:
-		return t.err
-	case <-ctx.Done():
-		return fmt.Errorf("stop sandbox %s: %w", i.id, ctx.Err())
-	}
-}
-
-// beginTeardown starts to free the instance, unless that is under way or done.
-func (i *instance) beginTeardown() *teardown {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.stopping = true
-	if t := i.teardown; t != nil {
-		select {
-		case <-t.over:
-			if t.err == nil {
-				return t
-			}
-		default:
-			return t
-		}
-	}
-	t := &teardown{over: make(chan struct{})}
-	i.teardown = t
-	i.rt.work.Go(func() {
-		defer close(t.over)
-		ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
-		defer cancel()
-		if t.err = i.free(ctx); t.err != nil {
-			t.err = fmt.Errorf("stop sandbox %s: %w", i.id, t.err)
-		}
-	})
-	return t
-}
-
+// free frees all that there is of the machine.
 func (i *instance) free(ctx context.Context) error {
-	// The monitor first, so that Exit is known before the cgroup goes.
-	engine, err := i.state.Machine.PID.Open()
-	if err == nil {
-		err = engine.Kill()
-		engine.Close()
-	}
-	if err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	select {
-	case <-i.done:
-	case <-i.rt.ctx.Done(): // no watcher any more
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 	i.endCompaction()
-	return i.rt.free(ctx, i.id, i.state.Machine.Dir)
-}
-
-// Stats implements runtime.Instance.
-func (i *instance) Stats(context.Context) (runtime.Stats, error) {
-	cg, name := i.rt.cgroups, i.state.Machine.Group
-	cpu, err := cg.CPUTime(name)
-	if err != nil {
-		return runtime.Stats{}, i.statsError(err)
-	}
-	memory, err := cg.Memory(name)
-	if err != nil {
-		return runtime.Stats{}, i.statsError(err)
-	}
-	pids, err := cg.PIDs(name)
-	if err != nil {
-		return runtime.Stats{}, i.statsError(err)
-	}
-	return runtime.Stats{Time: time.Now(), CPU: cpu, MemoryBytes: memory, PIDs: pids}, nil
-}
-
-func (i *instance) gone() error {
-	return sandbox.Errorf(sandbox.ErrNotFound, "sandbox %s is not running any more", i.id)
+	return i.rt.free(ctx, i.ID, i.state.Machine.Dir)
 }
 
 // endNotice is how long after a monitor has closed its connections its end may be
@@ -235,16 +123,9 @@ func (i *instance) orGone(err error) error {
 	}
 	defer notice.Stop()
 	select {
-	case <-i.done:
-		return errors.Join(i.gone(), err)
+	case <-i.Done():
+		return errors.Join(life.Gone(i.ID), err)
 	case <-notice.C:
 		return err
 	}
-}
-
-func (i *instance) statsError(err error) error {
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return i.gone()
-	}
-	return fmt.Errorf("measure sandbox %s: %w", i.id, err)
 }

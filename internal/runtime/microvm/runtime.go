@@ -16,13 +16,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"time"
 
-	"golang.org/x/sync/errgroup"
-
-	"github.com/wrenn/wrenn/internal/cgroup"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -38,18 +34,10 @@ type Config struct {
 
 // Runtime makes virtual machines. It implements runtime.Runtime.
 type Runtime struct {
-	cfg     Config
-	cgroups cgroup.Trees
-	disks   *disks
-
-	ctx  context.Context // ends with Close
-	stop context.CancelFunc
-	work sync.WaitGroup // watchers and clean-ups
-
+	cfg        Config
+	set        *life.Set
+	disks      *disks
 	compacting chan struct{} // holds a token while memory is compacted
-
-	mu      sync.Mutex
-	claimed map[sandbox.ID]bool // ids being created just now
 }
 
 var _ runtime.Runtime = (*Runtime)(nil)
@@ -64,14 +52,12 @@ func New(cfg Config) (*Runtime, error) {
 	if err != nil {
 		return nil, fmt.Errorf("new %s runtime: %w", cfg.Monitor.Name(), err)
 	}
-	cgroups, err := cgroup.Find()
+	set, err := life.OpenSet(cfg.Tag)
 	if err != nil {
 		return nil, fmt.Errorf("new %s runtime: %w", cfg.Monitor.Name(), err)
 	}
-	ctx, stop := context.WithCancel(context.Background())
-	r := &Runtime{cfg: cfg, cgroups: cgroups, disks: disks, ctx: ctx, stop: stop, compacting: make(chan struct{}, 1), claimed: map[sandbox.ID]bool{}}
-	r.work.Go(func() { cfg.Monitor.Watch(ctx, cfg.Log) })
-	return r, nil
+	set.Go(func() { cfg.Monitor.Watch(set.Context(), cfg.Log) })
+	return &Runtime{cfg: cfg, set: set, disks: disks, compacting: make(chan struct{}, 1)}, nil
 }
 
 // Name implements runtime.Runtime.
@@ -96,51 +82,34 @@ func (r *Runtime) Probe(ctx context.Context) error { return r.cfg.Monitor.Probe(
 // Close ends what the runtime does in this process. Machines that run go on; if
 // there is none, the runtime's traces on the host go too.
 func (r *Runtime) Close() error {
-	r.stop()
-	r.work.Wait()
-	if len(r.cgroups.Children(parentGroup(r.cfg.Tag))) > 0 {
+	r.set.Close()
+	if len(r.set.IDs()) > 0 {
 		return nil
 	}
-	return removeTraces(r.cgroups, r.cfg.Tag)
+	return r.set.RemoveParent()
 }
 
 // RemoveAll ends every machine of the platform with this tag. Their directories are
 // their makers' to remove.
 func RemoveAll(tag string) error {
-	cgroups, err := cgroup.Find()
+	set, err := life.OpenSet(tag)
 	if err != nil {
 		return fmt.Errorf("remove all sandboxes: %w", err)
 	}
-	var g errgroup.Group
-	g.SetLimit(8)
-	for _, id := range cgroups.Children(parentGroup(tag)) {
-		g.Go(func() error {
-			ctx, cancel := context.WithTimeout(context.Background(), teardownTime)
-			defer cancel()
-			return free(ctx, cgroups, tag, sandbox.ID(id), "")
-		})
-	}
-	return errors.Join(g.Wait(), removeTraces(cgroups, tag))
+	defer set.Close()
+	err = life.FreeAll(set.IDs(), func(ctx context.Context, id sandbox.ID) error { return free(ctx, set, id, "") })
+	return errors.Join(err, set.RemoveParent())
 }
-
-func removeTraces(cgroups cgroup.Trees, tag string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	return cgroups.Remove(ctx, parentGroup(tag))
-}
-
-func parentGroup(tag string) string          { return "/wrenn-" + tag }
-func group(tag string, id sandbox.ID) string { return filepath.Join(parentGroup(tag), string(id)) }
 
 // Adopt implements runtime.Runtime.
 func (r *Runtime) Adopt(_ context.Context, id sandbox.ID, raw json.RawMessage) (runtime.Instance, error) {
 	var st state
-	if err := json.Unmarshal(raw, &st); err != nil {
-		return nil, &sandbox.Error{Kind: sandbox.ErrInvalid, Message: fmt.Sprintf("the recorded state of sandbox %s is damaged", id), Cause: err}
+	if err := life.ReadState(id, raw, &st); err != nil {
+		return nil, err
 	}
 	inst, err := r.open(st)
 	if errors.Is(err, os.ErrProcessDone) {
-		gone := &sandbox.Error{Kind: sandbox.ErrNotFound, Message: fmt.Sprintf("sandbox %s is not running any more", id)}
+		gone := life.Gone(id)
 		if why := EndReason(st.Machine); why != "" {
 			gone.Cause = errors.New(why)
 		}
@@ -169,13 +138,9 @@ func (r *Runtime) Discard(ctx context.Context, id sandbox.ID, raw json.RawMessag
 	return nil
 }
 
-// teardownTime bounds a clean-up: processes end in milliseconds, so this is
-// only reached when the host is in deep trouble.
-const teardownTime = 30 * time.Second
-
 // free frees an instance, and tells the monitor.
 func (r *Runtime) free(ctx context.Context, id sandbox.ID, dir string) error {
-	if err := free(ctx, r.cgroups, r.cfg.Tag, id, dir); err != nil {
+	if err := free(ctx, r.set, id, dir); err != nil {
 		return err
 	}
 	if err := r.cfg.Monitor.Ended(ctx, id); err != nil { // takes some memory, and no more
@@ -186,11 +151,8 @@ func (r *Runtime) free(ctx context.Context, id sandbox.ID, dir string) error {
 
 // free ends and removes everything that an instance of this id may have on the
 // host, however much of it is there. dir may be empty when it is not known.
-func free(ctx context.Context, cgroups cgroup.Trees, tag string, id sandbox.ID, dir string) error {
-	if err := cgroups.Kill(ctx, group(tag, id)); err != nil {
-		return err
-	}
-	if err := cgroups.Remove(ctx, group(tag, id)); err != nil {
+func free(ctx context.Context, set *life.Set, id sandbox.ID, dir string) error {
+	if err := set.EndGroup(ctx, id); err != nil {
 		return err
 	}
 	if dir == "" {

@@ -13,6 +13,7 @@ import (
 	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
+	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -44,13 +45,13 @@ func (r *Runtime) start(ctx context.Context, cfg runtime.Config, image *runtime.
 	if err := check(cfg); err != nil {
 		return nil, err
 	}
-	if err := r.claim(cfg.ID); err != nil {
+	if err := r.set.Claim(cfg.ID); err != nil {
 		return nil, err
 	}
-	defer r.release(cfg.ID)
+	defer r.set.Release(cfg.ID)
 	inst, err := r.launch(ctx, cfg, image)
 	if err != nil {
-		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), life.FreeTime)
 		defer cancel()
 		if ferr := r.free(cleanup, cfg.ID, cfg.Dir); ferr != nil {
 			r.cfg.Log.Error("failed start left something", "sandbox", cfg.ID, "err", ferr)
@@ -65,26 +66,16 @@ func (r *Runtime) start(ctx context.Context, cfg runtime.Config, image *runtime.
 
 // check refuses what a machine would be made of and not run.
 func check(cfg runtime.Config) error {
-	if _, err := sandbox.ParseID(string(cfg.ID)); err != nil {
+	if err := cfg.Check(); err != nil {
 		return err
-	}
-	if res := cfg.Resources; res.CPUs <= 0 || res.MemoryMiB <= 0 || res.DiskMiB <= 0 || res.PIDs <= 0 {
-		return sandbox.Errorf(sandbox.ErrInvalid, "resources must be above zero: %+v", res)
 	}
 	if cfg.Slot == nil || cfg.Slot.TAP == "" {
 		return sandbox.Errorf(sandbox.ErrInvalid, "a virtual machine needs a network slot with a TAP")
 	}
-	for _, path := range []string{cfg.RootFS, cfg.Dir, cfg.GuestInit} {
-		if !filepath.IsAbs(path) {
-			return fmt.Errorf("path %q is not absolute", path)
-		}
-	}
-	for what, path := range map[string]string{"root filesystem": cfg.RootFS, "the instance's directory": cfg.Dir} {
-		if info, err := os.Stat(path); err != nil {
-			return fmt.Errorf("open %s: %w", what, err)
-		} else if !info.IsDir() {
-			return fmt.Errorf("open %s: %s is no directory", what, path)
-		}
+	if info, err := os.Stat(cfg.Dir); err != nil {
+		return fmt.Errorf("open the instance's directory: %w", err)
+	} else if !info.IsDir() {
+		return fmt.Errorf("open the instance's directory: %s is no directory", cfg.Dir)
 	}
 	return checkProgram(cfg.GuestInit)
 }
@@ -104,23 +95,6 @@ func checkProgram(path string) error {
 	return nil
 }
 
-// claim takes the id for a creation.
-func (r *Runtime) claim(id sandbox.ID) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.claimed[id] || r.cgroups.Exists(group(r.cfg.Tag, id)) {
-		return sandbox.Errorf(sandbox.ErrConflict, "sandbox %s exists already", id)
-	}
-	r.claimed[id] = true
-	return nil
-}
-
-func (r *Runtime) release(id sandbox.ID) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.claimed, id)
-}
-
 // launch makes what the machine consists of and starts its monitor.
 func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime.Image) (_ *instance, err error) {
 	m, err := r.machine(ctx, cfg)
@@ -131,7 +105,7 @@ func (r *Runtime) launch(ctx context.Context, cfg runtime.Config, image *runtime
 		if err == nil {
 			return
 		}
-		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTime)
+		cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), life.FreeTime)
 		defer cancel()
 		if kerr := m.PID.End(cleanup); kerr != nil {
 			r.cfg.Log.Error("failed start left its monitor", "sandbox", cfg.ID, "err", kerr)
@@ -195,7 +169,7 @@ func (r *Runtime) machine(ctx context.Context, cfg runtime.Config) (Machine, err
 		fmt.Sprintf("sysctl.kernel.threads-max=%d", cfg.Resources.PIDs),
 	)
 	return Machine{
-		ID: cfg.ID, Dir: cfg.Dir, UID: uid, Group: group(r.cfg.Tag, cfg.ID), Cgroups: r.cgroups,
+		ID: cfg.ID, Dir: cfg.Dir, UID: uid, Group: r.set.Group(cfg.ID), Cgroups: r.set.Cgroups,
 		NetNS: cfg.Slot.InnerNetNS, TAP: cfg.Slot.TAP, MAC: network.GuestMAC.String(),
 		CPUs: cfg.Resources.CPUs, MemoryMiB: machineMemory(cfg.Resources.MemoryMiB),
 		Kernel: r.cfg.Kernel.Vmlinux, Initramfs: r.cfg.Kernel.Initramfs, Agent: agent,
@@ -280,7 +254,7 @@ func (r *Runtime) prepare(ctx context.Context, cfg runtime.Config, m Machine, im
 		return err
 	}
 	loaded := image != nil && image.Kind == runtime.ImageMemory
-	return r.cgroups.Create(m.Group, cgroup.Limits{
+	return r.set.Cgroups.Create(m.Group, cgroup.Limits{
 		MemoryBytes: (m.MemoryMiB + r.cfg.Monitor.Spare(m, loaded)) << 20,
 		CPUs:        float64(cfg.Resources.CPUs), PIDs: monitorTasks,
 	})
