@@ -205,17 +205,22 @@ func (a *Agent) apply(req initRequest, arrival time.Time, asker netip.AddrPort) 
 }
 
 // identify tells everything in the sandbox which one it is; an empty id is not
-// known.
+// known. A sandbox that is resumed knows it already. The caller holds init.mu.
 func (a *Agent) identify(sandboxID, templateID string) {
-	a.settings.SetIdentity(sandboxID, templateID)
+	if !a.settings.SetIdentity(sandboxID, templateID) && a.identified {
+		return
+	}
+	a.identified = true
 	if a.ownsMachine {
 		if err := a.settings.WriteIdentity("/run"); err != nil {
 			a.log.Warn("sandbox's identity not written to files", "error", err)
+			a.identified = false
 		}
 	}
 	if a.name != nil && sandboxID != "" {
 		if err := a.name(sandboxID); err != nil {
 			a.log.Warn("hostname not set", "error", err)
+			a.identified = false
 		}
 	}
 }

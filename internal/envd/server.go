@@ -91,6 +91,7 @@ type Agent struct {
 	metadata    *mmds.Client
 	hashedToken bool
 	known       bool          // /init has said who the sandbox is, in this life; init.mu holds it
+	identified  bool          // everything in the sandbox knows which one it is; init.mu holds it
 	woken       chan struct{} // gets one after each boot and resume
 }
 

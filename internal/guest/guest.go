@@ -31,20 +31,6 @@ const (
 	maxEntries = 1 << 14
 )
 
-// dial connects with a time limit that starts short and doubles. A SYN that
-// meets a guest network just being brought up is lost, and the kernel would
-// repeat it only after a second.
-func dial(ctx context.Context, netw, addr string) (net.Conn, error) {
-	for limit := 25 * time.Millisecond; ; limit *= 2 {
-		d := net.Dialer{Timeout: limit, KeepAlive: 30 * time.Second}
-		conn, err := d.DialContext(ctx, netw, addr)
-		var timeout net.Error
-		if err == nil || ctx.Err() != nil || limit > time.Second || !errors.As(err, &timeout) || !timeout.Timeout() {
-			return conn, err
-		}
-	}
-}
-
 // Client talks to the envd of one sandbox, over connections of its own: nothing
 // of one sandbox is left when its client is closed.
 type Client struct {

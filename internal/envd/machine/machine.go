@@ -80,12 +80,14 @@ func (m *Machine) Problems() []error { return m.problems }
 // Params returns what the kernel's command line says.
 func (m *Machine) Params() Params { return m.params }
 
-// Resumed repairs what another host may have changed under the machine, its
-// network, and closes the connections that were open before, but for the one whose
-// other end is asker. It changes nothing else that is as it should be.
+// Resumed repairs what may have changed under the machine, its network, and closes the
+// connections that were open before, but for the one whose other end is asker. It
+// changes nothing else that is as it should be.
 func (m *Machine) Resumed(asker netip.AddrPort) error {
-	if err := configure(m.params); err != nil {
-		return fmt.Errorf("set up network: %w", err)
+	if !configured(m.params) {
+		if err := configure(m.params); err != nil {
+			return fmt.Errorf("set up network: %w", err)
+		}
 	}
 	return m.closeConnections(asker)
 }

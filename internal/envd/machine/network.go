@@ -1,10 +1,14 @@
 package machine
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
@@ -48,6 +52,25 @@ func configureLink(p Params) error {
 		return fmt.Errorf("route by way of %s: %w", p.Gateway, err)
 	}
 	return nil
+}
+
+// configured reports whether the interface is as configure makes it: a route goes by way
+// of the gateway only where it is up and has an address. It costs a resume far less than
+// to ask for all of it by netlink.
+func configured(p Params) bool {
+	if !p.Gateway.Is4() {
+		return false
+	}
+	gateway := p.Gateway.As4()
+	want := fmt.Sprintf("\n%s\t00000000\t%08X\t", p.Link, binary.NativeEndian.Uint32(gateway[:]))
+	if routes, err := os.ReadFile("/proc/net/route"); err != nil || !strings.Contains(string(routes), want) {
+		return false
+	}
+	if p.MTU == 0 {
+		return true
+	}
+	mtu, err := os.ReadFile("/sys/class/net/" + p.Link + "/mtu")
+	return err == nil && strings.TrimSpace(string(mtu)) == strconv.Itoa(p.MTU)
 }
 
 // Outside reports whether addr is reached by way of the gateway: it is neither

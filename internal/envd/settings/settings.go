@@ -75,8 +75,9 @@ func (s *Settings) SetEnv(env map[string]string) {
 }
 
 // SetIdentity tells processes which sandbox they are in, by environment
-// variables under both Wrenn's and E2B's names. An empty id leaves what was set.
-func (s *Settings) SetIdentity(sandboxID, templateID string) {
+// variables under both Wrenn's and E2B's names. An empty id leaves what was set. It
+// reports whether anything is another than before.
+func (s *Settings) SetIdentity(sandboxID, templateID string) (changed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	id := s.cloneIdentity()
@@ -87,7 +88,9 @@ func (s *Settings) SetIdentity(sandboxID, templateID string) {
 	if templateID != "" {
 		id["E2B_TEMPLATE_ID"], id["WRENN_TEMPLATE_ID"] = templateID, templateID
 	}
+	changed = !maps.Equal(id, s.identity)
 	s.identity = id
+	return changed
 }
 
 // SetEvents tells processes where the host takes events.
