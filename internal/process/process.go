@@ -100,9 +100,13 @@ func (p ID) Open() (*Handle, error) {
 	}
 	h := &Handle{ID: p, pidfd: os.NewFile(uintptr(fd), "pidfd")}
 	// Only now is the pid ours for certain, so only now is it compared.
-	if now, err := Identify(p.PID); err != nil || !p.same(now) {
+	now, err := Identify(p.PID)
+	if err == nil && !p.same(now) {
+		err = os.ErrProcessDone
+	}
+	if err != nil { // also one that says nothing of the process, as where no more files may be open
 		h.Close()
-		return nil, os.ErrProcessDone
+		return nil, err
 	}
 	if h.Ended() { // but not reaped
 		h.Close()

@@ -113,3 +113,38 @@ func TestEndTakesChildrenOffTheTable(t *testing.T) {
 		t.Errorf("none: %v", err)
 	}
 }
+
+// TestNoFiles opens a process that runs where this one may open one more file only. It is
+// not said to have ended.
+func TestNoFiles(t *testing.T) {
+	c := exec.CommandContext(t.Context(), "sleep", "60")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	id, err := Identify(c.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	free, err := unix.Dup(1) // the lowest that is free
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(free)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(free) + 1, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	h, err := id.Open()
+	if back := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); back != nil {
+		t.Fatal(back)
+	}
+	if err == nil {
+		h.Close()
+	}
+	if !errors.Is(err, unix.EMFILE) {
+		t.Errorf("a process that runs: %v, want it not to be said to have ended", err)
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -29,6 +30,13 @@ type Client struct {
 	gone    chan struct{} // closed when the connection is
 }
 
+// helloLimit is how long a pager may take to answer at all: it does nothing for that but
+// run.
+const helloLimit = 5 * time.Second
+
+// errSilent is of a pager that is there and does not answer.
+var errSilent = sandbox.Errorf(sandbox.ErrUnavailable, "the pager does not answer")
+
 // Dial connects to the pager at socket.
 func Dial(ctx context.Context, socket string) (*Client, error) {
 	conn, err := dial(ctx, socket)
@@ -37,7 +45,7 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 	}
 	c := &Client{conn: conn, answers: make(chan response, 1), gone: make(chan struct{})}
 	go c.read()
-	resp, err := c.ask(ctx, request{Op: opHello})
+	resp, err := c.hello(ctx, helloLimit)
 	if c.version = resp.Version; err == nil && c.version > Version {
 		err = fmt.Errorf("pager at %s is of a later version of wrenn: use that, or end the virtual machines and it with wrenn down", socket)
 	}
@@ -60,7 +68,7 @@ func Start(ctx context.Context, socket string, command []string, log *os.File) (
 	if err == nil && c.version < Version {
 		c, err = replace(ctx, socket, c)
 	}
-	if err == nil || ctx.Err() != nil {
+	if err == nil || ctx.Err() != nil || errors.Is(err, errSilent) {
 		return c, err
 	}
 	r, w, err := os.Pipe()
@@ -103,6 +111,18 @@ func replace(ctx context.Context, socket string, c *Client) (*Client, error) {
 		err = End(ctx, socket)
 	}
 	return nil, cmp.Or(err, errReplaced)
+}
+
+// hello gives errSilent when there is no answer within limit. The client is of no use any
+// more then.
+func (c *Client) hello(ctx context.Context, limit time.Duration) (response, error) {
+	hctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	resp, err := c.ask(hctx, request{Op: opHello})
+	if err != nil && hctx.Err() != nil && ctx.Err() == nil {
+		err = errSilent
+	}
+	return resp, err
 }
 
 // Drop has the pager at socket forget a virtual machine, which has ended. It may know

@@ -2,6 +2,7 @@ package pager
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"time"
@@ -14,12 +15,22 @@ type Keeper struct {
 	start  func(context.Context) (*Client, error)
 	turn   chan struct{} // has a token while nobody starts a pager: two would be in each other's way
 	wanted chan struct{} // has a token once somebody has asked for one
+
+	ask     time.Duration // how often one that is there is asked whether it answers
+	patient time.Duration // how long one that does not is waited for
 }
+
+// A pager that has not answered for so long, though it does nothing for that but run, is
+// taken to hang, and its virtual machines with it.
+const (
+	askEvery = 10 * time.Second
+	patience = time.Minute
+)
 
 // NewKeeper keeps the pager at socket, with start to connect to it and to start it if
 // there is none.
 func NewKeeper(socket string, start func(context.Context) (*Client, error)) *Keeper {
-	k := &Keeper{socket: socket, start: start, turn: make(chan struct{}, 1), wanted: make(chan struct{}, 1)}
+	k := &Keeper{socket: socket, start: start, turn: make(chan struct{}, 1), wanted: make(chan struct{}, 1), ask: askEvery, patient: patience}
 	k.turn <- struct{}{}
 	return k
 }
@@ -48,7 +59,7 @@ const (
 )
 
 // Watch starts a pager whenever there is none, until ctx ends: from the first Connect
-// on, or at once where one has served virtual machines before.
+// on, or at once where one has served virtual machines before. One that hangs is ended.
 func (k *Keeper) Watch(ctx context.Context, log *slog.Logger) {
 	if _, err := os.Stat(monitorsFile(k.socket)); err != nil {
 		select {
@@ -57,12 +68,22 @@ func (k *Keeper) Watch(ctx context.Context, log *slog.Logger) {
 			return
 		}
 	}
+	answered := time.Now()
 	for wait := shortestLife; ctx.Err() == nil; {
 		begin := time.Now()
-		err := k.hold(ctx)
+		err := k.hold(ctx, &answered)
 		switch {
 		case ctx.Err() != nil:
 			return
+		case errors.Is(err, errSilent) && time.Since(answered) < k.patient:
+			log.Warn("the pager does not answer", "for", time.Since(answered))
+			continue
+		case errors.Is(err, errSilent):
+			log.Error("the pager hangs; it is ended, and with it the virtual machines that need it", "err", err)
+			if err = k.end(ctx); err == nil {
+				continue
+			}
+			log.Error("the pager cannot be ended", "err", err)
 		case err != nil:
 			log.Error("there is no pager: virtual machines that need it hang", "err", err)
 		default:
@@ -79,16 +100,36 @@ func (k *Keeper) Watch(ctx context.Context, log *slog.Logger) {
 	}
 }
 
-// hold returns when the pager has ended, or ctx has.
-func (k *Keeper) hold(ctx context.Context) error {
+// endLimit is how long a process that was killed may take to end.
+const endLimit = 10 * time.Second
+
+func (k *Keeper) end(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, endLimit)
+	defer cancel()
+	return End(ctx, k.socket)
+}
+
+// hold returns when the pager has ended or does not answer, or ctx has ended. answered is
+// when it last did.
+func (k *Keeper) hold(ctx context.Context, answered *time.Time) error {
 	c, err := k.Connect(ctx)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	select {
-	case <-c.Gone():
-	case <-ctx.Done():
+	ask := time.NewTicker(k.ask)
+	defer ask.Stop()
+	for {
+		*answered = time.Now()
+		select {
+		case <-c.Gone():
+			return nil
+		case <-ctx.Done():
+			return nil
+		case <-ask.C:
+		}
+		if _, err := c.hello(ctx, k.ask); errors.Is(err, errSilent) {
+			return err
+		}
 	}
-	return nil
 }

@@ -12,8 +12,10 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/wrenn/wrenn/internal/process"
+	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
 // keep is a keeper of pagers that are processes of their own.
@@ -244,5 +246,87 @@ func TestEarlierPager(t *testing.T) {
 	}
 	if c, now := connect("pager"); now == pid || c.version != Version {
 		t.Errorf("when it serves nobody it is process %v still, of version %d", now, c.version)
+	}
+}
+
+// TestHungPager stops the pager as a sick host may. Who asks it is told soon, and in the
+// end it is killed, so that its virtual machines end.
+func TestHungPager(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, 16, 1, nil)
+	socket := f.dir + "/hung"
+	k := keep(t, socket)
+	k.ask, k.patient = 100*time.Millisecond, time.Second
+	var err error
+	if f.client, err = k.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer f.client.Close()
+	m := f.monitor(t, f.vm("a"), "script", 1, false)
+	h, err := peer(f.client.conn, os.Geteuid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	if err := syscall.Kill(h.PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := Drop(t.Context(), socket, "none"); !errors.Is(err, sandbox.ErrUnavailable) {
+		t.Errorf("who asks is told: %v", err)
+	}
+	watch(t, k)
+	if err := m.cmd.Wait(); err == nil {
+		t.Error("its monitor ends by itself, want it killed")
+	}
+	again, err := k.Connect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	now, err := peer(again.conn, os.Geteuid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer now.Close()
+	if now.ID == h.ID {
+		t.Error("the pager is the one that hung")
+	}
+}
+
+// TestOrphansOnAFullDisk ends the monitors of a pager that was killed, also where their
+// reason cannot be written.
+func TestOrphansOnAFullDisk(t *testing.T) {
+	t.Parallel()
+	p := newPager(slog.New(slog.NewTextHandler(t.Output(), nil)))
+	p.socket = t.TempDir() + "/pager"
+	var all []noted
+	var orphans []*exec.Cmd
+	for range 3 {
+		c := exec.CommandContext(t.Context(), "sleep", "600")
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		id, err := process.Identify(c.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		orphans, all = append(orphans, c), append(all, noted{id, "/dev/full"})
+	}
+	b, err := json.Marshal(all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(monitorsFile(p.socket), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.endOrphans(); err != nil {
+		t.Error(err)
+		return // the test's end kills them
+	}
+	for _, c := range orphans {
+		var exit *exec.ExitError
+		if err := c.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+			t.Errorf("an orphan ends with %v, want it killed", err)
+		}
 	}
 }

@@ -58,19 +58,27 @@ func (p *Pager) endOrphans() error {
 		p.log.Warn("the list of monitors is damaged", "err", err)
 		return nil
 	}
+	var errs []error
 	for _, m := range all {
-		h, err := m.Open()
-		if errors.Is(err, os.ErrProcessDone) {
-			continue
-		}
-		if err == nil {
-			p.log.Warn("ending a virtual machine whose pager was killed", "pid", m.PID)
-			err = errors.Join(writeReason(m.ReasonFile, "its pager was killed"), h.Kill())
-			h.Close()
-		}
-		if err != nil {
-			return fmt.Errorf("end monitor without a pager: %w", err)
+		if err := p.endOrphan(m); err != nil {
+			errs = append(errs, fmt.Errorf("end monitor without a pager: %w", err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+func (p *Pager) endOrphan(m noted) error {
+	h, err := m.Open()
+	if errors.Is(err, os.ErrProcessDone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	p.log.Warn("ending a virtual machine whose pager was killed", "pid", m.PID)
+	if err := writeReason(m.ReasonFile, "its pager was killed"); err != nil { // as on a full disk
+		p.log.Error("nobody is told why a virtual machine ends", "err", err)
+	}
+	return h.Kill()
 }

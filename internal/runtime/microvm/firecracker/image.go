@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/memory"
@@ -125,12 +126,17 @@ func (f *Monitor) saveSet(ctx context.Context, m microvm.Machine, to string) {
 	if _, err := os.Stat(m.Base()); err != nil || f.pager == nil || !faultsServed() {
 		return // it came from no pager
 	}
-	if p, err := f.pager.Connect(ctx); err == nil {
-		_ = p.FinishRecording(ctx, string(m.ID)) // else what was written before is taken
+	asking, cancel := context.WithTimeout(ctx, pagerLimit)
+	defer cancel()
+	if p, err := f.pager.Connect(asking); err == nil {
+		_ = p.FinishRecording(asking, string(m.ID)) // else what was written before is taken
 		p.Close()
 	}
 	copySet(to, m.Base())
 }
+
+// pagerLimit is how long a pause or a stop waits for the pager, which may hang.
+const pagerLimit = 3 * time.Second
 
 // Watch implements microvm.Monitor.
 func (f *Monitor) Watch(ctx context.Context, log *slog.Logger) {
@@ -144,6 +150,8 @@ func (f *Monitor) Ended(ctx context.Context, id sandbox.ID) error {
 	if f.cfg.PagerSocket == "" {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, pagerLimit)
+	defer cancel()
 	return pager.Drop(ctx, f.cfg.PagerSocket, string(id))
 }
 
