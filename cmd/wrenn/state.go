@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -113,9 +114,10 @@ func openDataDir(path string) (dataDir, error) {
 	if err != nil {
 		return "", fmt.Errorf("open data directory (choose another with --data): %w", err)
 	}
-	if strings.ContainsAny(abs, ",:\n") {
-		// The sandbox kernel takes paths in lists.
-		return "", fmt.Errorf("the data directory's name %q has a comma, a colon or a line break in it: choose another with --data", abs)
+	if strings.ContainsAny(abs, "*?[\\\n") || !utf8.ValidString(abs) {
+		// The sandbox kernel, as we do, looks for files in it by patterns, and both
+		// write paths into JSON.
+		return "", fmt.Errorf("the data directory's name %q has one of * ? [ \\ or a line break in it, or is not UTF-8: choose another with --data", abs)
 	}
 	return dataDir(abs), nil
 }

@@ -37,10 +37,18 @@ func build(ctx context.Context, r recipe, dir, logPath string, p *progress) erro
 	defer log.Close()
 	root := filepath.Join(dir, rootfsName)
 
+	// debootstrap takes no path with a space in it, so it gets one by way of a descriptor.
+	at, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer at.Close()
+	target := fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), at.Fd(), rootfsName)
+
 	p.begin("bootstrapping the distribution's minimal system")
 	bootstrap := &exec.Cmd{
 		Path:        debootstrap,
-		Args:        []string{"debootstrap", "--variant=minbase", "--force-check-gpg", "--arch=" + r.Arch, r.Suite, root},
+		Args:        []string{"debootstrap", "--variant=minbase", "--force-check-gpg", "--arch=" + r.Arch, r.Suite, target},
 		Env:         stepEnv(),
 		SysProcAttr: &syscall.SysProcAttr{},
 	}

@@ -354,3 +354,26 @@ func TestAFailingStepShowsItsLastWords(t *testing.T) {
 		t.Errorf("log %q", log.String())
 	}
 }
+
+// debootstrap's own chroot parts its target's name at spaces.
+func TestABuildInADirectoryOfAnyNameGivesDebootstrapAPlainOne(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: steps run in namespaces of their own")
+	}
+	dir, programs := filepath.Join(t.TempDir(), "a, b:c%d"), t.TempDir()
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const script = "#!/bin/sh\nfor target; do :; done\nmkdir $target\necho as it was given > $target/said\n"
+	if err := os.WriteFile(filepath.Join(programs, "debootstrap"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", programs+":"+os.Getenv("PATH"))
+	// It ends behind that: there is no system in the tree.
+	if err := build(t.Context(), testRecipe(1), dir, filepath.Join(dir, "log"), newProgress(nil)); err == nil {
+		t.Error("the build is complete")
+	}
+	if _, err := os.Stat(filepath.Join(dir, rootfsName, "said")); err != nil {
+		t.Error(err)
+	}
+}

@@ -47,7 +47,7 @@ var capabilities = []string{
 func writeBundle(cfg runtime.Config, cgroup string, layer bool) error {
 	s := bundleSpec(cfg, cgroup)
 	if layer {
-		s.Annotations = map[string]string{"dev.gvisor.tar.rootfs.upper": filepath.Join(cfg.Dir, upperFile)}
+		s.Annotations = map[string]string{"dev.gvisor.tar.rootfs.upper": filepath.Join(workingDir, upperFile)}
 	}
 	spec, err := json.Marshal(s)
 	if err != nil {
@@ -169,12 +169,16 @@ func upperLayer(hostname string) ([]byte, error) {
 	return buf.Bytes(), nil
 }
 
+// workingDir is where runsc is executed, the instance's directory, by a name without
+// anything that has a meaning in a flag, whatever the data directory is called.
+const workingDir = "/proc/self/cwd"
+
 // engineFlags are runsc's flags for an instance: the same for every command on it.
 func engineFlags(root, dir string, diskMiB int64) []string {
 	return slices.Concat(commonFlags(root), []string{
 		"--log=" + filepath.Join(dir, logFile),
-		"--panic-log=" + filepath.Join(dir, panicFile),
-		fmt.Sprintf("--overlay2=root:dir=%s,size=%dm", dir, diskMiB),
+		"--panic-log=" + filepath.Join(workingDir, panicFile), // it replaces %COMMAND% and the like
+		fmt.Sprintf("--overlay2=root:dir=%s,size=%dm", workingDir, diskMiB),
 		"--network=sandbox",
 		"--allow-rootfs-tar-annotation",
 		"--restore-spec-validation=ignore", // paths differ, and a later version's bundle may

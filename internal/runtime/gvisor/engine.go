@@ -9,14 +9,15 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	goruntime "runtime"
 	"strings"
 	"syscall"
 )
 
-// exec runs one runsc command to its end. The error says what runsc wrote to
-// its log. runsc's own input and output are the null device, because they
-// become the guest's.
+// exec runs one runsc command to its end, in the directory of its log. The error says
+// what runsc wrote to that. runsc's own input and output are the null device, because
+// they become the guest's.
 func (r *Runtime) exec(ctx context.Context, log string, args []string) error {
 	// The kernel ties Pdeathsig to the thread that started the process, so that
 	// thread must stay. With it a kill of the agent takes along a runsc that is
@@ -25,6 +26,7 @@ func (r *Runtime) exec(ctx context.Context, log string, args []string) error {
 	defer goruntime.UnlockOSThread()
 
 	cmd := exec.CommandContext(ctx, r.cfg.Binary, args...)
+	cmd.Dir = filepath.Dir(log)
 	cmd.Env = []string{} // nothing of the agent's environment; never nil
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	err := cmd.Run()

@@ -57,7 +57,29 @@ func TestConformance(t *testing.T) {
 func TestALongDataDirectoryWorks(t *testing.T) {
 	requireRoot(t)
 	root := filepath.Join(t.TempDir(), strings.Repeat("long/", 40), "runsc")
-	runtimetest.RunOne(t, harness(t, root))
+	runtimetest.RunFew(t, harness(t, root))
+}
+
+// Commas and colons are what runsc parts lists by.
+func TestADataDirectoryOfAnyNameWorks(t *testing.T) {
+	requireRoot(t)
+	dir := filepath.Join(t.TempDir(), "a, b:c%d%COMMAND% é=")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", dir)
+	binary, err := os.ReadFile(engine)
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := filepath.Join(dir, "runsc-binary")
+	if err := os.WriteFile(named, binary, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer func(was string) { engine = was }(engine)
+	engine = named
+	// With temporary directories of its own, which are below that one.
+	t.Run("below", func(t *testing.T) { runtimetest.RunFew(t, harness(t, filepath.Join(t.TempDir(), "runsc"))) })
 }
 
 func requireRoot(t *testing.T) {

@@ -46,7 +46,7 @@ func (r *Runtime) Probe(ctx context.Context) error {
 	}
 	log := filepath.Join(dir, logFile)
 	args := append(commonFlags(r.cfg.Root), "--network=none", "--log="+log,
-		"--overlay2=root:dir="+dir+",size=1m", "run", "--bundle="+dir, string(id))
+		"--overlay2=root:dir="+workingDir+",size=1m", "run", "--bundle="+dir, string(id))
 	err = r.exec(ctx, log, args)
 	var exit *exec.ExitError
 	switch {

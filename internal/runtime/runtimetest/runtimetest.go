@@ -112,11 +112,14 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 	}
 }
 
-// RunOne runs only the first test of the suite: that an instance works and
-// leaves nothing.
-func RunOne(t *testing.T, h Harness) {
+// RunFew runs the tests that between them use every path of an instance: it works, goes
+// on from images and leaves nothing.
+func RunFew(t *testing.T, h Harness) {
 	dir := t.TempDir()
-	testGuestRuns(t, &suite{Harness: h, init: buildGuest(t, dir), rootfs: makeRootFS(t, dir)})
+	s := &suite{Harness: h, init: buildGuest(t, dir), rootfs: makeRootFS(t, dir)}
+	testGuestRuns(t, s)
+	testMemoryImage(t, s)
+	testFilesImage(t, s)
 }
 
 func (s *suite) checkNothingLeft(t *testing.T, cfg runtime.Config) {
