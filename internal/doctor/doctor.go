@@ -64,6 +64,7 @@ func Check(ctx context.Context, opts Options) []Result {
 		guestKernel(opts.DataDir),
 		linuxInKVM(opts.DataDir),
 		reflinks(opts.DataDir),
+		diskFile(opts.DataDir),
 	}
 	if opts.Listen != "" {
 		results = append(results, port(ctx, opts.Listen, opts.Running))

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // fakeHost makes a host whose files are these.
@@ -137,6 +139,29 @@ func TestReflinksAreTriedWhereTheDataDirectoryWillBe(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("left %v (%v)", left, err)
+	}
+}
+
+func TestAFileThatMayOutgrowItsDiskIsWarnedOf(t *testing.T) {
+	dir := t.TempDir()
+	if r := diskFile(dir); r.Verdict != OK {
+		t.Errorf("without one: got %+v", r)
+	}
+	var host unix.Statfs_t
+	if err := unix.Statfs(dir, &host); err != nil {
+		t.Fatal(err)
+	}
+	free := int64(host.Bavail) * host.Bsize
+	for size, want := range map[int64]Verdict{free / 2: OK, free * 2: Warn} {
+		if err := os.WriteFile(filepath.Join(dir, "disks.xfs"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(filepath.Join(dir, "disks.xfs"), size); err != nil {
+			t.Fatal(err)
+		}
+		if r := diskFile(dir); r.Verdict != want || (r.Remedy == "") != (want == OK) {
+			t.Errorf("with one of %d bytes: got %+v", size, r)
+		}
 	}
 }
 

@@ -104,6 +104,29 @@ func reflinks(dir string) Result {
 	return warn(name, remedy, "the file system at %s has none: virtual machines get one in a file, which costs some speed", at)
 }
 
+// diskFile says whether the file system in a file, which virtual machines have their
+// disks on, can become as large as it says it is: else what they write may be lost.
+func diskFile(dir string) Result {
+	const name = "disks in a file"
+	path := filepath.Join(dir, "disks.xfs")
+	var file unix.Stat_t
+	if err := unix.Stat(path, &file); errors.Is(err, unix.ENOENT) {
+		return ok(name, "there is none")
+	} else if err != nil {
+		return warn(name, "make it readable", "cannot look at %s: %v", path, err)
+	}
+	var host unix.Statfs_t
+	if err := unix.Statfs(path, &host); err != nil {
+		return warn(name, "make it readable", "cannot look at the file system of %s: %v", path, err)
+	}
+	grows, free := max(file.Size-file.Blocks*512, 0)>>20, int64(host.Bavail)*host.Bsize>>20
+	if free < grows {
+		return warn(name, "free some space on the host's disk, or use a data directory on XFS or Btrfs",
+			"%s may grow by %d MiB and the host's disk has %d MiB free: when that is full, virtual machines lose what they write", path, grows, free)
+	}
+	return ok(name, "%s may grow by %d MiB; the host's disk has %d MiB free", path, grows, free)
+}
+
 // tryReflink lets one file without a name share a block of another.
 func tryReflink(dir string) error {
 	var files [2]*os.File
