@@ -2,11 +2,9 @@ package gvisor_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -113,30 +111,13 @@ func harness(t *testing.T, root string) runtimetest.Harness {
 			t.Error("left in runsc's root after RemoveAll:", entries)
 		}
 	})
-	pool, err := network.Open(t.Context(), network.Config{
+	slot := runtimetest.Slots(t, network.Config{
 		Tag: tag, CIDR: netip.MustParsePrefix("10.233.0.0/24"), Log: slog.New(slog.DiscardHandler),
-	}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		pool.Close(context.Background())
-		network.RemoveAll(context.Background(), tag)
 	})
 	return runtimetest.Harness{
 		Runtime: open(t, engine, root),
 		Reopen:  func(t *testing.T) runtime.Runtime { return open(t, engine, root) },
-		Slot: func(t *testing.T) *network.Slot {
-			slot, err := pool.Acquire(t.Context(), network.Policy{AllowInternet: true})
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { pool.Release(context.Background(), slot) })
-			if err := slot.Prepare(); err != nil {
-				t.Fatal(err)
-			}
-			return slot
-		},
+		Slot:    slot,
 		Outside: func(t *testing.T) netip.AddrPort { return runtimetest.Outside(t, tag) },
 		KillEngine: func(t *testing.T, inst runtime.Instance) {
 			var state struct{ Engine struct{ PID int } }
@@ -175,34 +156,10 @@ func harness(t *testing.T, root string) runtimetest.Harness {
 	}
 }
 
-// leftovers are the processes, mounts, cgroups and files on the host whose
-// name, path or arguments have name in them.
+// leftovers are what is on the host that has name in it.
 func leftovers(t *testing.T, root, name string) []string {
-	var left []string
-	procs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, p := range procs {
-		for _, f := range []string{"cmdline", "cgroup"} {
-			if data, _ := os.ReadFile(filepath.Join(p, f)); strings.Contains(string(data), name) {
-				status, _ := os.ReadFile(filepath.Join(p, "stat"))
-				left = append(left, fmt.Sprintf("process %s (%s): %q %.60s", p, f, data, status))
-			}
-		}
-	}
-	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); strings.Contains(string(mounts), name) {
-		left = append(left, "mount of "+name)
-	}
-	for _, dir := range []string{"/sys/fs/cgroup", root, "/run"} {
-		filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-			if strings.Contains(filepath.Base(path), name) {
-				left = append(left, path)
-			}
-			if err == nil && d.IsDir() && path != dir && dir == "/run" {
-				return fs.SkipDir
-			}
-			return nil
-		})
-	}
-	return left
+	sockets, _ := filepath.Glob(fmt.Sprintf("/run/*%s*", name))
+	return append(runtimetest.Leftovers(t, name, root), sockets...)
 }
 
 func TestProbeRunsAGuestInUnderASecondAndLeavesNothing(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 
 func openSet(t *testing.T) *life.Set {
 	t.Helper()
-	set, err := life.OpenSet("7e5f")
+	set, err := life.OpenSet("7e51")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,8 @@ import (
 	"github.com/wrenn/wrenn/internal/runtime/microvm"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/firecracker"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
+	"github.com/wrenn/wrenn/internal/runtime/microvm/microvmtest"
+	"github.com/wrenn/wrenn/internal/runtime/runtimetest"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -72,7 +74,7 @@ func testLifeWithoutGuest(t *testing.T, s *site) {
 			t.Error(err)
 		}
 	}
-	kill(t, clone)
+	microvmtest.Kill(t, clone)
 	<-clone.Done()
 	if err := clone.Snapshot(t.Context(), runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}, true); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("snapshot of one that was killed: %v", err)
@@ -88,7 +90,7 @@ func testLifeWithoutGuest(t *testing.T, s *site) {
 	if _, err := rt.Adopt(t.Context(), startedID, state); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("one that has ended is taken over: %v", err)
 	}
-	for _, left := range append(leftovers(t, startedID), leftovers(t, cloneID)...) {
+	for _, left := range append(runtimetest.Leftovers(t, startedID), runtimetest.Leftovers(t, cloneID)...) {
 		t.Error("left:", left)
 	}
 }
