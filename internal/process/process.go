@@ -211,6 +211,11 @@ func (p ID) End(ctx context.Context) error {
 		return err
 	}
 	defer h.Close()
+	return h.End(ctx)
+}
+
+// End kills the process and returns when it has ended. A child of ours is reaped.
+func (h *Handle) End(ctx context.Context) error {
 	if err := h.Kill(); err != nil {
 		return err
 	}

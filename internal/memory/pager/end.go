@@ -35,12 +35,5 @@ func end(ctx context.Context, socket string) error {
 		return err
 	}
 	defer h.Close()
-	if err := h.Kill(); err != nil {
-		return err
-	}
-	if err := h.Wait(ctx); err != nil {
-		return err
-	}
-	h.Reap()
-	return nil
+	return h.End(ctx)
 }
