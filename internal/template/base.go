@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/artifact"
 )
 
 // What a build of the base template takes while it is made, with room to spare.
@@ -46,7 +48,7 @@ func ensure(ctx context.Context, cfg Config, r recipe, build buildFunc) (Build, 
 		return Build{}, err
 	}
 	p := newProgress(cfg.Progress)
-	unlock, err := lock(ctx, filepath.Join(cfg.Dir, ".lock"), func() {
+	unlock, err := artifact.Lock(ctx, cfg.Dir, func() {
 		p.line("another process is building the template; waiting for it")
 	})
 	if err != nil {
@@ -56,13 +58,14 @@ func ensure(ctx context.Context, cfg Config, r recipe, build buildFunc) (Build, 
 	if b, err := read(cfg.Dir, r.id()); !errors.Is(err, fs.ErrNotExist) {
 		return b, err // made while we waited
 	}
-	if err := removeLeftovers(cfg.Dir); err != nil {
+	// The mounts of a build that was killed went with its namespaces.
+	if err := artifact.RemoveLeftovers(cfg.Dir); err != nil {
 		return Build{}, err
 	}
 	if err := checkRoom(cfg.Dir); err != nil {
 		return Build{}, err
 	}
-	tmp, err := os.MkdirTemp(cfg.Dir, ".tmp-")
+	tmp, err := os.MkdirTemp(cfg.Dir, artifact.TempPrefix)
 	if err != nil {
 		return Build{}, err
 	}
@@ -113,7 +116,7 @@ func publish(ctx context.Context, dir, tmp string, r recipe) (Build, error) {
 	if err := os.WriteFile(filepath.Join(tmp, manifestName), append(data, '\n'), 0o644); err != nil {
 		return Build{}, err
 	}
-	if err := syncFS(tmp); err != nil {
+	if err := artifact.Sync(tmp); err != nil {
 		return Build{}, err
 	}
 	final := filepath.Join(dir, r.id())
@@ -123,7 +126,7 @@ func publish(ctx context.Context, dir, tmp string, r recipe) (Build, error) {
 	if err := os.Rename(tmp, final); err != nil {
 		return Build{}, err
 	}
-	if err := syncFS(dir); err != nil {
+	if err := artifact.Sync(dir); err != nil {
 		return Build{}, err
 	}
 	return read(dir, r.id())
@@ -149,21 +152,6 @@ func installedPackages(root string) (map[string]string, error) {
 	return packages, nil
 }
 
-// removeLeftovers deletes what killed builds left. The caller holds the lock, so
-// none of them runs; their mounts went with their namespaces.
-func removeLeftovers(dir string) error {
-	old, err := filepath.Glob(filepath.Join(dir, ".tmp-*"))
-	if err != nil {
-		return err
-	}
-	for _, path := range old {
-		if err := os.RemoveAll(path); err != nil {
-			return fmt.Errorf("remove what an interrupted build left: %w", err)
-		}
-	}
-	return nil
-}
-
 func checkRoom(dir string) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -174,49 +162,6 @@ func checkRoom(dir string) error {
 	}
 	if st.Files > 0 && st.Ffree < buildInodes { // file systems without a fixed number of inodes say 0
 		return fmt.Errorf("%s has %d inodes free and a build needs %d: remove files, or choose another data directory", dir, st.Ffree, buildInodes)
-	}
-	return nil
-}
-
-// lock takes the lock file at path, calling waiting once when it has to wait.
-func lock(ctx context.Context, path string, waiting func()) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	// flock cannot be told to give up, so it is asked again and again.
-	retry := time.NewTicker(100 * time.Millisecond)
-	defer retry.Stop()
-	for first := true; ; first = false {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", path, err)
-		}
-		if first {
-			waiting()
-		}
-		select {
-		case <-retry.C:
-		case <-ctx.Done():
-			f.Close()
-			return nil, ctx.Err()
-		}
-	}
-}
-
-// syncFS writes everything of the file system that holds dir to disk.
-func syncFS(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("write %s to disk: %w", dir, err)
 	}
 	return nil
 }

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/wrenn/wrenn/internal/artifact"
 )
 
 // tinyBuild stands in for the real build where what comes out is not the point.
@@ -82,7 +84,7 @@ func TestManyWhoAskAtOnceShareOneBuild(t *testing.T) {
 
 func TestWhoWaitsForAnotherBuildSaysSoAndCanGiveUp(t *testing.T) {
 	dir := t.TempDir()
-	unlock, err := lock(t.Context(), filepath.Join(dir, ".lock"), func() {})
+	unlock, err := artifact.Lock(t.Context(), dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

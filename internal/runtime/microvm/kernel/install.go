@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn/wrenn/internal/artifact"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -47,15 +48,15 @@ func install(ctx context.Context, dir string, opts Options) (Kernel, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return Kernel{}, err
 	}
-	unlock, err := lock(ctx, filepath.Join(dir, ".lock"))
+	unlock, err := artifact.Lock(ctx, dir, nil)
 	if err != nil {
 		return Kernel{}, err
 	}
 	defer unlock()
-	if err := removeLeftovers(dir); err != nil {
+	if err := artifact.RemoveLeftovers(dir); err != nil {
 		return Kernel{}, err
 	}
-	tmp, err := os.MkdirTemp(dir, ".tmp-")
+	tmp, err := os.MkdirTemp(dir, artifact.TempPrefix)
 	if err != nil {
 		return Kernel{}, err
 	}
@@ -125,7 +126,7 @@ func publish(ctx context.Context, dir, tmp string, src source) (Kernel, error) {
 	if _, err := ensureInitramfs(tmp, k.Modules); err != nil {
 		return Kernel{}, err
 	}
-	if err := syncFS(tmp); err != nil {
+	if err := artifact.Sync(tmp); err != nil {
 		return Kernel{}, err
 	}
 	if err := replaceDirectory(tmp, filepath.Join(dir, k.Name)); err != nil {
@@ -134,7 +135,7 @@ func publish(ctx context.Context, dir, tmp string, src source) (Kernel, error) {
 	if err := replaceLink(filepath.Join(dir, currentName), k.Name); err != nil {
 		return Kernel{}, err
 	}
-	if err := syncFS(dir); err != nil {
+	if err := artifact.Sync(dir); err != nil {
 		return Kernel{}, err
 	}
 	k, err = read(dir, k.Name)
@@ -173,7 +174,7 @@ func replaceDirectory(from, to string) error {
 }
 
 func replaceLink(path, target string) error {
-	tmp := filepath.Join(filepath.Dir(path), ".tmp-"+filepath.Base(path))
+	tmp := filepath.Join(filepath.Dir(path), artifact.TempPrefix+filepath.Base(path))
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -185,7 +186,7 @@ func replaceLink(path, target string) error {
 
 // writeFile writes beside path and renames.
 func writeFile(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-")
+	f, err := os.CreateTemp(filepath.Dir(path), artifact.TempPrefix)
 	if err != nil {
 		return err
 	}
@@ -195,58 +196,4 @@ func writeFile(path string, data []byte) error {
 		return err
 	}
 	return os.Rename(f.Name(), path)
-}
-
-// removeLeftovers deletes what killed installations left. The caller holds the lock.
-func removeLeftovers(dir string) error {
-	old, err := filepath.Glob(filepath.Join(dir, ".tmp-*"))
-	if err != nil {
-		return err
-	}
-	for _, path := range old {
-		if err := os.RemoveAll(path); err != nil {
-			return fmt.Errorf("remove what an interrupted installation left: %w", err)
-		}
-	}
-	return nil
-}
-
-// lock takes the lock file at path, waiting for who has it.
-func lock(ctx context.Context, path string) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	// flock cannot be told to give up, so it is asked again and again.
-	retry := time.NewTicker(100 * time.Millisecond)
-	defer retry.Stop()
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", path, err)
-		}
-		select {
-		case <-retry.C:
-		case <-ctx.Done():
-			f.Close()
-			return nil, ctx.Err()
-		}
-	}
-}
-
-// syncFS writes everything of the file system that holds dir to disk.
-func syncFS(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("write %s to disk: %w", dir, err)
-	}
-	return nil
 }
