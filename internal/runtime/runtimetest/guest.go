@@ -1,10 +1,12 @@
 package runtimetest
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -201,6 +203,89 @@ func (g *guest) read(t *testing.T, path string) string {
 func (g *guest) write(ctx context.Context, path string, mib int, body string) error {
 	_, err := g.call(ctx, "POST", "/write", url.Values{"path": {path}, "mib": {strconv.Itoa(mib)}}, body)
 	return err
+}
+
+func (g *guest) number(t *testing.T, path string) int {
+	t.Helper()
+	text := g.must(t, "GET", path, nil, "")
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatalf("%s answers %q", path, text)
+	}
+	return n
+}
+
+// count asks the guest's child process how often it was asked.
+func (g *guest) count(t *testing.T) int {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for {
+		req, err := http.NewRequestWithContext(ctx, "GET", "http://"+g.addr(sidePort), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := g.client.Do(req)
+		if err != nil {
+			if ctx.Err() != nil {
+				t.Fatalf("child process does not answer: %v", err)
+			}
+			<-time.After(2 * time.Millisecond) // a refused connection is the only sign that it does not listen yet
+			continue
+		}
+		text, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		n, aerr := strconv.Atoi(string(text))
+		if err != nil || aerr != nil {
+			t.Fatalf("child process answers %q, %v", text, err)
+		}
+		return n
+	}
+}
+
+// echo is a connection to the guest's echo server.
+type echo struct {
+	net.Conn
+	lines *bufio.Reader
+}
+
+func (g *guest) dialEcho(t *testing.T) *echo {
+	t.Helper()
+	c, err := new(net.Dialer).DialContext(t.Context(), "tcp", g.addr(echoPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	e := &echo{c, bufio.NewReader(c)}
+	e.check(t, "first words")
+	return e
+}
+
+// check sends a line and wants it back.
+func (e *echo) check(t *testing.T, line string) {
+	t.Helper()
+	if err := e.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintln(e, line)
+	if got, err := e.lines.ReadString('\n'); err != nil || got != line+"\n" {
+		t.Fatalf("echo of %q is %q, %v", line, got, err)
+	}
+}
+
+// snapshot takes an image of the guest.
+func (g *guest) snapshot(t *testing.T, kind runtime.ImageKind, pause bool) runtime.Image {
+	t.Helper()
+	image := runtime.Image{Dir: t.TempDir(), Kind: kind}
+	if kind == runtime.ImageFiles {
+		g.must(t, "POST", "/sync", nil, "")
+	}
+	begin := time.Now()
+	if err := g.Snapshot(t.Context(), image, pause); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("snapshot of %s took %v", kind, time.Since(begin))
+	return image
 }
 
 // awaitEnd waits until the instance has ended by itself.

@@ -115,10 +115,17 @@ func testCreateFails(t *testing.T, s *suite) {
 }
 
 func testCreateCancelled(t *testing.T, s *suite) {
-	for _, after := range []time.Duration{0, 5, 15, 30, 45, 60, 75, 90, 110} {
+	s.cancelled(t, s.Runtime.Create, 0, 5, 15, 30, 45, 60, 75, 90, 110)
+}
+
+// cancelled starts instances and breaks that off after so many milliseconds: nothing
+// may be left.
+func (s *suite) cancelled(t *testing.T, start func(context.Context, runtime.Config) (runtime.Instance, error), after ...int) {
+	t.Helper()
+	for _, ms := range after {
 		cfg := s.config(t)
-		ctx, cancel := context.WithTimeout(t.Context(), after*time.Millisecond)
-		inst, err := s.Runtime.Create(ctx, cfg)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(ms)*time.Millisecond)
+		inst, err := start(ctx, cfg)
 		cancel()
 		switch {
 		case err == nil: // it was faster
@@ -126,7 +133,7 @@ func testCreateCancelled(t *testing.T, s *suite) {
 				t.Error(err)
 			}
 		case !errors.Is(err, context.DeadlineExceeded):
-			t.Errorf("cancelled after %v ms: %v", int(after), err)
+			t.Errorf("cancelled after %d ms: %v", ms, err)
 		}
 		s.checkNothingLeft(t, cfg)
 	}
