@@ -235,6 +235,19 @@ func testDamagedBeforeLoad(t *testing.T, s *site) {
 	client, socket := startPager(t)
 	rt := s.runtime(t, t.TempDir(), throughPager(socket))
 	defer rt.Close()
+	image := s.image(t, rt)
+	damageAll(t, image.Dir)
+	if _, err := rt.Restore(t.Context(), s.config(t, cloneID), image); err == nil || !strings.Contains(err.Error(), "damaged: block ") {
+		t.Errorf("a machine of damaged memory: %v", err)
+	}
+	if all, err := client.List(t.Context()); err != nil || len(all) > 0 {
+		t.Errorf("the pager has %+v (%v)", all, err)
+	}
+}
+
+// image starts a machine, which ends with an image of its memory.
+func (s *site) image(t *testing.T, rt *microvm.Runtime) runtime.Image {
+	t.Helper()
 	started, err := rt.Create(t.Context(), s.config(t, startedID))
 	if err != nil {
 		t.Fatal(err)
@@ -243,13 +256,7 @@ func testDamagedBeforeLoad(t *testing.T, s *site) {
 	if err := errors.Join(started.Snapshot(t.Context(), image, true), started.Stop(t.Context())); err != nil {
 		t.Fatal(err)
 	}
-	damageAll(t, image.Dir)
-	if _, err := rt.Restore(t.Context(), s.config(t, cloneID), image); err == nil || !strings.Contains(err.Error(), "damaged: block ") {
-		t.Errorf("a machine of damaged memory: %v", err)
-	}
-	if all, err := client.List(t.Context()); err != nil || len(all) > 0 {
-		t.Errorf("the pager has %+v (%v)", all, err)
-	}
+	return image
 }
 
 // goOn pauses a machine and lets its guest go on.

@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"github.com/wrenn/wrenn/internal/memory/pager"
-	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/firecracker"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
@@ -66,14 +65,7 @@ func TestPagerKilled(t *testing.T) {
 	cfg := ownPager(t)
 	rt := s.runtime(t, disks, cfg)
 	defer func() { rt.Close() }()
-	image := runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}
-	started, err := rt.Create(t.Context(), s.config(t, startedID))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(started.Snapshot(t.Context(), image, true), started.Stop(t.Context())); err != nil {
-		t.Fatal(err)
-	}
+	image := s.image(t, rt)
 	for _, there := range []bool{true, false} {
 		inst, err := rt.Restore(t.Context(), s.config(t, cloneID), image)
 		if err != nil {
@@ -125,14 +117,7 @@ func TestPagerConnections(t *testing.T) {
 	needFaultsServed(t)
 	cfg := ownPager(t)
 	rt := s.runtime(t, t.TempDir(), cfg)
-	image := runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}
-	started, err := rt.Create(t.Context(), s.config(t, startedID))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(started.Snapshot(t.Context(), image, true), started.Stop(t.Context())); err != nil {
-		t.Fatal(err)
-	}
+	image := s.image(t, rt)
 	before := goruntime.NumGoroutine()
 	const machines = 6
 	for range machines {
@@ -171,14 +156,7 @@ func TestNoPager(t *testing.T) {
 		return pager.Start(ctx, filepath.Join(filepath.Dir(missing), "sock"), []string{missing}, os.Stderr)
 	}})
 	defer rt.Close()
-	image := runtime.Image{Kind: runtime.ImageMemory, Dir: t.TempDir()}
-	started, err := rt.Create(t.Context(), s.config(t, startedID))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(started.Snapshot(t.Context(), image, true), started.Stop(t.Context())); err != nil {
-		t.Fatal(err)
-	}
+	image := s.image(t, rt)
 	if _, err := rt.Restore(t.Context(), s.config(t, cloneID), image); !errors.Is(err, os.ErrNotExist) || sandbox.Kind(err) != nil {
 		t.Errorf("without a pager: %v (%v), want no kind", err, sandbox.Kind(err))
 	}
