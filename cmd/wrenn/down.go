@@ -60,7 +60,7 @@ func down(ctx context.Context, data string, out io.Writer) (err error) {
 	defer func() {
 		agentLock.release()
 		// Where the agent's directory is a file system of its own, it is closed with it.
-		err = errors.Join(err, disk.Unmount(dir.agent()))
+		err = errors.Join(err, disk.Unmount(dir.agent(), dir.disks()))
 	}()
 	was = was || wasAgent
 	// Even when one was running: it may have been the one that was killed.

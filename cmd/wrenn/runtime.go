@@ -54,13 +54,13 @@ func (o *upOptions) parseRuntime() error {
 // it is Firecracker where that boots the kernel that is installed, else gVisor. One that
 // was chosen and cannot run here says why, and what would.
 func (o *upOptions) choose(ctx context.Context, dir dataDir, log *slog.Logger) (string, error) {
-	here, err := agent.Runtimes(dir.agent())
+	here, live, err := agent.Runtimes(dir.agent())
 	if err != nil {
 		return "", err
 	}
 	chosen := o.Runtime
 	if chosen == runtimeAuto && len(here) > 0 {
-		chosen = here[0]
+		chosen = append(live, here...)[0]
 		log.Info("the data directory has sandboxes, and stays with their runtime", "runtime", chosen)
 	}
 	if chosen == runtimeAuto {
@@ -71,7 +71,12 @@ func (o *upOptions) choose(ctx context.Context, dir dataDir, log *slog.Logger) (
 		return runtimeFirecracker, nil
 	}
 	for _, other := range here {
-		if other != chosen {
+		switch {
+		case other == chosen:
+		case slices.Contains(here, chosen) && !slices.Contains(live, other):
+			// As in a directory of before one runtime kept others out.
+			log.Warn("the data directory has paused sandboxes or snapshots of another runtime too: they stay, and only that can go on with them", "runtime", chosen, "other", other)
+		default:
 			return "", fmt.Errorf("%s has sandboxes or snapshots that only --runtime %s can go on with: start with that and remove them, or use another --data (`wrenn down` ends those that run, and keeps what is paused)", dir, other)
 		}
 	}
@@ -141,14 +146,30 @@ func mountDisks(ctx context.Context, dir dataDir) error {
 	} else if err != nil {
 		return err
 	}
-	if mounted, err := disk.Mounted(dir.agent()); err != nil || mounted {
+	err := mountAgentDir(ctx, dir, 0)
+	if errors.Is(err, errSandboxesHere) {
+		err = fmt.Errorf("there are sandboxes in %s, and a file system for virtual machines in %s, which has its own: each would hide the other's; move one of both to another place", dir.agent(), dir.disks())
+	}
+	return err
+}
+
+// errSandboxesHere says that sandboxes are where virtual machines' disks would be.
+var errSandboxesHere = errors.New("sandboxes are there")
+
+// mountAgentDir mounts the file system for virtual machines' disks, and makes it with that
+// size if there is none. Sandboxes are never mounted over.
+func mountAgentDir(ctx context.Context, dir dataDir, size int64) error {
+	if mounted, err := disk.Mounted(dir.agent(), dir.disks()); err != nil || mounted {
 		return err
 	}
-	hidden, err := agent.Runtimes(dir.agent())
-	if err != nil || len(hidden) > 0 { // sandboxes are never mounted over
+	here, _, err := agent.Runtimes(dir.agent())
+	if err != nil {
 		return err
 	}
-	return disk.Mount(ctx, dir.agent(), dir.disks(), 0)
+	if len(here) > 0 {
+		return errSandboxesHere
+	}
+	return disk.Mount(ctx, dir.agent(), dir.disks(), size)
 }
 
 // leastDisks is the room that virtual machines want for their disks, in bytes.
@@ -179,7 +200,12 @@ func prepareAgentDir(ctx context.Context, dir dataDir, runtime string, log *slog
 	if free < leastDisks {
 		return fmt.Errorf("virtual machines want %d MiB at least for their disks, and %s has %d: choose another data directory with --data", leastDisks>>20, dir, free>>20)
 	}
-	if err := disk.Mount(ctx, dir.agent(), dir.disks(), free/10*9); err != nil {
+	err = mountAgentDir(ctx, dir, free/10*9)
+	if errors.Is(err, errSandboxesHere) {
+		log.Warn("sandboxes are in the data directory already, so that virtual machines' disks are copied: remove those sandboxes to have a file system made that clones them, or move to a data directory on XFS or Btrfs")
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("%w (or choose a data directory on XFS or Btrfs with --data)", err)
 	}
 	return os.Chmod(dir.agent(), 0o700)

@@ -105,19 +105,22 @@ func loadRecords(dir string) ([]record, error) {
 }
 
 // Runtimes are those of the sandboxes and snapshots that an agent keeps in dir, by
-// name: an agent of another runtime would take them for lost.
-func Runtimes(dir string) ([]string, error) {
+// name: an agent of another runtime would take them for lost. Live are those of
+// sandboxes that are not paused: only an agent of their own can take them over.
+func Runtimes(dir string) (all, live []string, err error) {
 	records, err := loadRecords(filepath.Join(dir, "sandboxes"))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	found := map[string]bool{}
+	found, runs := map[string]bool{}, map[string]bool{}
 	for _, r := range records {
 		found[r.Runtime] = true
+		runs[r.Runtime] = runs[r.Runtime] || r.State != sandbox.Paused
 	}
+	maps.DeleteFunc(runs, func(_ string, is bool) bool { return !is })
 	manifests, err := filepath.Glob(filepath.Join(dir, "images", "*", manifestFile))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, path := range manifests {
 		var m manifest
@@ -126,5 +129,6 @@ func Runtimes(dir string) ([]string, error) {
 		}
 	}
 	delete(found, "") // of what was only begun, or is damaged
-	return slices.Sorted(maps.Keys(found)), nil
+	delete(runs, "")
+	return slices.Sorted(maps.Keys(found)), slices.Sorted(maps.Keys(runs)), nil
 }

@@ -55,7 +55,7 @@ func mountNew(t *testing.T, kind string, size int64) string {
 		t.Skipf("the kernel does not mount %s: %v", kind, err)
 	}
 	t.Cleanup(func() {
-		if err := Unmount(dir); err != nil {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})
@@ -295,7 +295,7 @@ func TestAnImageHasTheWholeTree(t *testing.T) {
 	if err := unix.Mount(loop.Name(), dir, "ext4", 0, "noinit_itable"); err != nil {
 		t.Fatal(err)
 	}
-	defer Unmount(dir)
+	defer Unmount(dir, image)
 	sameTree(t, root, dir)
 }
 
@@ -422,7 +422,7 @@ func TestAnImageGrowsWhileItIsMounted(t *testing.T) {
 			if err := unix.Mount(loop.Name(), dir, "ext4", 0, "noinit_itable"); err != nil {
 				t.Fatal(err)
 			}
-			defer Unmount(dir)
+			defer Unmount(dir, image)
 			start := time.Now()
 			growTo(t, dir, uint64(size/blockSize))
 			took := time.Since(start)
@@ -434,7 +434,7 @@ func TestAnImageGrowsWhileItIsMounted(t *testing.T) {
 				t.Errorf("%d MiB free of %d", got>>20, size>>20)
 			}
 			t.Logf("growing took %v; %d MiB of inodes and tables are stored", took.Round(time.Millisecond), stored(t, image)>>20)
-			if err := Unmount(dir); err != nil {
+			if err := Unmount(dir, image); err != nil {
 				t.Fatal(err)
 			}
 			check(t, image)
@@ -472,7 +472,7 @@ func TestMountGivesReflinksWhereThereAreNone(t *testing.T) {
 			t.Fatalf("%d mounts at %s", n, dir)
 		}
 	}
-	defer Unmount(dir)
+	defer Unmount(dir, file)
 	if ok, err := HoldsReflinks(dir); !ok || err != nil {
 		t.Errorf("HoldsReflinks: %v, %v", ok, err)
 	}
@@ -483,7 +483,7 @@ func TestMountGivesReflinksWhereThereAreNone(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := Unmount(dir); err != nil {
+		if err := Unmount(dir, file); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -496,7 +496,7 @@ func TestMountGivesReflinksWhereThereAreNone(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "kept")); err != nil {
 		t.Error("after it was mounted again:", err)
 	}
-	if err := Unmount(dir); err != nil {
+	if err := Unmount(dir, file); err != nil {
 		t.Fatal(err)
 	}
 	onlyFiles(t, host, "dir", "data.xfs", "lost+found")
@@ -551,7 +551,7 @@ func TestMain(m *testing.M) {
 func TestMountAfterOneThatWasKilled(t *testing.T) {
 	host := mountNew(t, "ext4", 512<<20)
 	dir, file := filepath.Join(host, "dir"), filepath.Join(host, "data.xfs")
-	defer Unmount(dir)
+	defer Unmount(dir, file)
 	killed := 0
 	for round := range 25 {
 		cmd := exec.Command("/proc/self/exe")
@@ -582,7 +582,7 @@ func TestMountAfterOneThatWasKilled(t *testing.T) {
 		if n := loopsOf(t, file); n != 1 {
 			t.Fatalf("round %d: %d loop devices", round, n)
 		}
-		if err := Unmount(dir); err != nil {
+		if err := Unmount(dir, file); err != nil {
 			t.Fatal(err)
 		}
 		if round%2 == 0 {
@@ -608,13 +608,13 @@ func TestMountAgainWhileTheOldOneIsInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := Unmount(dir); err != nil {
+	if err := Unmount(dir, file); err != nil {
 		t.Fatal(err)
 	}
 	if err := Mount(t.Context(), dir, file, 1<<30); err != nil {
 		t.Fatal(err)
 	}
-	defer Unmount(dir)
+	defer Unmount(dir, file)
 	if _, err := f.WriteString("written by who has it open"); err != nil {
 		t.Fatal(err)
 	}

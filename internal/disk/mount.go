@@ -60,23 +60,46 @@ func mount(ctx context.Context, dir, file string, size int64) error {
 	return nil
 }
 
-// Mounted says whether a file system is mounted at dir.
-func Mounted(dir string) (bool, error) {
-	var here, above unix.Stat_t
-	if err := unix.Stat(dir, &here); err != nil {
-		return false, fmt.Errorf("look at %s: %w", dir, err)
+// Mounted says whether the file system at dir is the one in the file, and no other that
+// somebody has mounted there.
+func Mounted(dir, file string) (bool, error) {
+	mounted, err := mounted(dir, file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
 	}
-	if err := unix.Stat(filepath.Dir(filepath.Clean(dir)), &above); err != nil {
-		return false, fmt.Errorf("look at %s: %w", dir, err)
+	if err != nil {
+		return false, fmt.Errorf("look at what is mounted at %s: %w", dir, err)
 	}
-	return here.Dev != above.Dev, nil
+	return mounted, nil
 }
 
-// Unmount undoes Mount; the file stays. What is in use stays until it is not. It is
-// idempotent.
-func Unmount(dir string) error {
-	err := unix.Unmount(dir, unix.MNT_DETACH)
-	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+func mounted(dir, file string) (bool, error) {
+	var at, device unix.Stat_t
+	if err := unix.Stat(dir, &at); err != nil {
+		return false, err
+	}
+	backing, err := os.Open(file)
+	if err != nil {
+		return false, err
+	}
+	defer backing.Close()
+	loop, err := attached(backing)
+	if loop == nil || err != nil {
+		return false, err
+	}
+	defer loop.Close()
+	err = unix.Fstat(int(loop.Fd()), &device)
+	return err == nil && at.Dev == device.Rdev, err
+}
+
+// Unmount undoes Mount, and touches nothing else that is mounted there; the file stays.
+// What is in use stays until it is not. It is idempotent.
+func Unmount(dir, file string) error {
+	ours, err := Mounted(dir, file)
+	if err != nil || !ours {
+		return err
+	}
+	if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount %s: %w", dir, err)
 	}
 	return nil

@@ -16,7 +16,7 @@ func TestOwnBytesLeavesOutWhatIsShared(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := Unmount(dir); err != nil {
+		if err := Unmount(dir, dir+".xfs"); err != nil {
 			t.Error(err)
 		}
 	})

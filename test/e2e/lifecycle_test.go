@@ -118,7 +118,7 @@ func pausedSurvivesReboot(t *testing.T, p *platform) {
 	if err := os.RemoveAll(filepath.Join(p.dir, "agent", "runsc")); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(microvm.RemoveAll(tag), disk.Unmount(filepath.Join(p.dir, "agent"))); err != nil {
+	if err := errors.Join(microvm.RemoveAll(tag), disk.Unmount(filepath.Join(p.dir, "agent"), filepath.Join(p.dir, "disks.xfs"))); err != nil {
 		t.Fatal(err)
 	}
 	p.start()

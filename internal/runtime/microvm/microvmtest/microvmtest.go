@@ -132,6 +132,6 @@ func MountDisks(ctx context.Context, dir string) (unmount func() error, err erro
 	os.Setenv("TMPDIR", mount) // t.Setenv would keep the suite from running in parallel
 	return func() error {
 		os.Setenv("TMPDIR", before)
-		return disk.Unmount(mount)
+		return disk.Unmount(mount, filepath.Join(dir, "disks.xfs"))
 	}, nil
 }
