@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn/wrenn/internal/guest"
+	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/sandbox"
 )
 
@@ -57,7 +58,7 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 		// A pause that did not get to its end is undone, if there is what to go
 		// on with.
 		u := &unit{id: rec.Instance, dir: a.instanceDir(rec.Instance)}
-		inst, err := a.cfg.Runtime.Adopt(ctx, rec.Instance, rec.RuntimeState)
+		inst, err := a.adoptInstance(ctx, rec)
 		switch {
 		case err == nil:
 			u.inst, m.unit = inst, u
@@ -111,6 +112,26 @@ func (a *Agent) adopt(ctx context.Context, rec record) (*managed, error) {
 	return nil, nil
 }
 
+// adoptLimit is how long an instance is asked for that cannot be taken over for a reason
+// that is not its own, as where too many files are open: it may pass.
+const adoptLimit = 10 * time.Second
+
+func (a *Agent) adoptInstance(ctx context.Context, rec record) (runtime.Instance, error) {
+	until := time.Now().Add(adoptLimit)
+	for {
+		inst, err := a.cfg.Runtime.Adopt(ctx, rec.Instance, rec.RuntimeState)
+		if err == nil || errors.Is(err, sandbox.ErrNotFound) || errors.Is(err, sandbox.ErrInvalid) || time.Now().After(until) {
+			return inst, err
+		}
+		a.log.Warn("sandbox is not taken over; it is tried again", "sandbox", rec.ID, "err", err)
+		select {
+		case <-time.After(teardownRetry):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
 // answerLimit is how long the start waits for one instance to answer.
 const answerLimit = 5 * time.Second
 
@@ -126,9 +147,15 @@ func (a *Agent) letGoOn(ctx context.Context, u *unit) (still bool) {
 	return false
 }
 
-// letGoOnLater asks until the instance goes on, or has ended, or is m's no more.
+// longestSilence is the longest wait before an instance that does not answer is asked
+// again.
+const longestSilence = time.Minute
+
+// letGoOnLater asks until the instance goes on, or has ended, or is m's no more. What
+// does not answer is alive, and not ended for that.
 func (a *Agent) letGoOnLater(m *managed, u *unit) {
-	for still := true; still; {
+	still := true
+	for wait := teardownRetry; still; wait = min(2*wait, longestSilence) {
 		select {
 		case <-u.inst.Done(): // the monitor tells why
 			return
@@ -136,7 +163,7 @@ func (a *Agent) letGoOnLater(m *managed, u *unit) {
 			return
 		case <-a.ctx.Done():
 			return
-		case <-time.After(teardownRetry):
+		case <-time.After(wait):
 		}
 		m.life.Lock()
 		still = m.unit == u && a.letGoOn(a.ctx, u)
@@ -243,29 +270,26 @@ func (a *Agent) goOn(m *managed, u *unit) {
 		return // it is gone, or going
 	}
 	err := u.inst.Resume(ctx)
-	if err == nil {
-		m.serving(u) // first: what runs has an address
-		if err := errors.Join(m.setState(sandbox.Running), removeImage(m.imageDir())); err != nil {
-			a.log.Warn("undo pause that was cut off", "sandbox", m.id, "err", err) // the next agent comes to the same
+	if err != nil {
+		select {
+		case <-u.inst.Done(): // the monitor tells why
+			return
+		default:
 		}
-		a.log.Info("took over running sandbox", "sandbox", m.id, "slot", u.slot.Index, "was", sandbox.Pausing)
-		return
+		if a.ctx.Err() != nil || m.begin(func() {}) != nil {
+			return // for the next agent, or for who stops it
+		}
+		a.log.Warn("sandbox does not go on; it is asked again", "sandbox", m.id, "err", err)
+		if a.wasPaused(m) { // its image is whole, and it has done nothing since
+			m.unit = nil
+			a.release(u)
+			return
+		}
+		a.wg.Go(func() { a.letGoOnLater(m, u) })
 	}
-	select {
-	case <-u.inst.Done(): // the monitor tells why
-		return
-	default:
+	m.serving(u) // first: what runs has an address
+	if err := errors.Join(m.setState(sandbox.Running), removeImage(m.imageDir())); err != nil {
+		a.log.Warn("undo pause that was cut off", "sandbox", m.id, "err", err) // the next agent comes to the same
 	}
-	if a.ctx.Err() != nil || m.begin(func() {}) != nil {
-		return // for the next agent, or for who stops it
-	}
-	a.log.Warn("sandbox does not go on", "sandbox", m.id, "err", err)
-	if a.wasPaused(m) { // its image is whole, and it has done nothing since
-		m.unit = nil
-		a.release(u)
-		return
-	}
-	if err := a.teardown(m, sandbox.Failed, "it did not go on after the host agent was restarted while it was being paused", true); err != nil {
-		a.log.Error("free sandbox", "sandbox", m.id, "err", err)
-	}
+	a.log.Info("took over running sandbox", "sandbox", m.id, "slot", u.slot.Index, "was", sandbox.Pausing)
 }

@@ -77,10 +77,8 @@ func (a *Agent) undoPause(m *managed, u *unit) {
 			return
 		default:
 		}
-		a.log.Error("sandbox does not go on after a failed pause", "sandbox", m.id, "err", err)
-		if err := a.teardown(m, sandbox.Failed, "it could not be paused, and did not go on afterwards", true); err != nil {
-			a.log.Error("free sandbox", "sandbox", m.id, "err", err)
-		}
+		a.log.Error("sandbox does not go on after a failed pause; it is asked again", "sandbox", m.id, "err", err)
+		a.wg.Go(func() { a.letGoOnLater(m, u) })
 	}
 }
 
