@@ -119,3 +119,30 @@ func TestAConsoleThatIsWrittenToWithoutEnd(t *testing.T) {
 	writer.Close()
 	<-over
 }
+
+// TestOnlyPlainFilesAreOpened is about what lies where a monitor writes a file.
+func TestOnlyPlainFilesAreOpened(t *testing.T) {
+	dir := t.TempDir()
+	pipe, link := filepath.Join(dir, "pipe"), filepath.Join(dir, "link")
+	if err := errors.Join(unix.Mkfifo(pipe, 0o600), os.Symlink("/etc/passwd", link)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{pipe, link, dir} {
+		result := make(chan error, 1)
+		go func() {
+			f, err := OpenPlain(path)
+			if err == nil {
+				f.Close()
+			}
+			result <- err
+		}()
+		select {
+		case err := <-result:
+			if err == nil {
+				t.Errorf("%s is opened", path)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s holds up who opens it", path)
+		}
+	}
+}

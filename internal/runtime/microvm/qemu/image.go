@@ -134,16 +134,11 @@ func (q *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error 
 		return err
 	}
 	defer c.close()
-	// QEMU writes it where it may, and a QEMU that was taken over may have put
-	// something else there.
-	written := filepath.Join(m.Run(), stateName)
-	if err := os.Remove(written); err != nil && !errors.Is(err, os.ErrNotExist) {
+	state, err := deviceState(ctx, c)
+	if err != nil {
 		return err
 	}
-	if err := c.long(ctx, "xen-save-devices-state", map[string]any{"filename": runDir + "/" + stateName}, nil); err != nil {
-		return err
-	}
-	if err := saveState(filepath.Join(to, stateName), written); err != nil {
+	if err := saveState(filepath.Join(to, stateName), state); err != nil {
 		return err
 	}
 	address, err := ramAddress(ctx, c)
@@ -191,23 +186,44 @@ func ramAddress(ctx context.Context, c *qmp) (uintptr, error) {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// saveState copies the state of the devices, with a checksum of it behind.
-func saveState(to, from string) error {
-	f, err := microvm.OpenPlain(from)
+// deviceState is the state of the devices. QEMU writes it to a file in memory: it would
+// not say of a full disk that this is what failed. What it writes counts as its own
+// memory.
+func deviceState(ctx context.Context, c *qmp) ([]byte, error) {
+	f, err := memfd(stateName)
 	if err != nil {
-		return fmt.Errorf("read the state of the devices: %w", err)
+		return nil, err
 	}
 	defer f.Close()
+	// QEMU takes a file that is open for writing and for nothing else.
+	w, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_WRONLY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open file in memory: %w", err)
+	}
+	defer w.Close()
+	path, err := c.lend(ctx, w)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.long(ctx, "xen-save-devices-state", map[string]any{"filename": path}, nil); err != nil {
+		return nil, err
+	}
 	state, err := io.ReadAll(io.LimitReader(f, maxState+1))
 	if err != nil {
-		return fmt.Errorf("read the state of the devices: %w", err)
+		return nil, fmt.Errorf("read the state of the devices: %w", err)
 	}
 	if len(state) == 0 || len(state) > maxState {
-		return fmt.Errorf("qemu wrote %d bytes of its devices' state", len(state))
+		return nil, fmt.Errorf("qemu wrote %d bytes of its devices' state", len(state))
 	}
+	return state, nil
+}
+
+// saveState writes the state of the devices, with a checksum of it behind. When it
+// fails, nothing is left.
+func saveState(to string, state []byte) error {
 	sum := crc32.Checksum(state, castagnoli)
-	if err := disk.Full(os.WriteFile(to, fmt.Appendf(state, "%08x", sum), 0o600)); err != nil {
-		return fmt.Errorf("write the state of the devices: %w", err)
+	if err := os.WriteFile(to, fmt.Appendf(state, "%08x", sum), 0o600); err != nil {
+		return fmt.Errorf("write the state of the devices: %w", errors.Join(disk.Full(err), os.RemoveAll(to)))
 	}
 	return nil
 }

@@ -85,7 +85,7 @@ const (
 	rootPath   = "/disk/root"
 	agentPath  = "/disk/agent"
 	socketName = "qmp.sock"
-	stateName  = "devices" // in runDir while it is written, and in an image
+	stateName  = "devices" // in an image
 )
 
 // mounts is what of the host QEMU sees.

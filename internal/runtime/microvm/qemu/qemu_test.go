@@ -66,9 +66,8 @@ func harness(t *testing.T) runtimetest.Harness {
 	return h
 }
 
-// checkConsole says whether QEMU reads what it has written to the console itself, and
-// takes it away from the agent: it does when it has not found a pipe for each way.
-func checkConsole(t *testing.T, pid int) {
+// openFiles are the names of what a process has open.
+func openFiles(pid int) map[string]bool {
 	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
 	open := map[string]bool{}
 	for _, link := range links {
@@ -76,6 +75,13 @@ func checkConsole(t *testing.T, pid int) {
 			open[filepath.Base(to)] = true
 		}
 	}
+	return open
+}
+
+// checkConsole says whether QEMU reads what it has written to the console itself, and
+// takes it away from the agent: it does when it has not found a pipe for each way.
+func checkConsole(t *testing.T, pid int) {
+	open := openFiles(pid)
 	if !open["console.in"] || !open["console.out"] {
 		t.Errorf("QEMU has not opened the two pipes of the console; it has %v", open)
 	}

@@ -17,7 +17,7 @@ import (
 // time, and lets the next one in when it is closed.
 // Protocol: QEMU documentation, "QEMU Machine Protocol Specification".
 type qmp struct {
-	conn   net.Conn
+	conn   *net.UnixConn
 	in     *bufio.Reader
 	events []event
 }
@@ -60,7 +60,7 @@ func dial(ctx context.Context, dir, name string) (_ *qmp, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to qemu: %w", err)
 	}
-	q := &qmp{conn: conn, in: bufio.NewReaderSize(conn, maxMessage)}
+	q := &qmp{conn: conn.(*net.UnixConn), in: bufio.NewReaderSize(conn, maxMessage)}
 	defer func() {
 		if err != nil {
 			q.close()
@@ -118,8 +118,27 @@ func (q *qmp) do(ctx context.Context, command string, args, result any) error {
 	return q.long(ctx, command, args, result)
 }
 
+// lend gives QEMU a file that is open for writing, and returns the path that QEMU opens
+// it by. It keeps the file until a connection ends while the machine runs.
+func (q *qmp) lend(ctx context.Context, f *os.File) (path string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
+	var set struct {
+		ID int `json:"fdset-id"`
+	}
+	if err := q.exchange(ctx, "add-fd", nil, &set, f); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("/dev/fdset/%d", set.ID), nil
+}
+
 // long is do for a command that may take as long as ctx lets it.
 func (q *qmp) long(ctx context.Context, command string, args, result any) error {
+	return q.exchange(ctx, command, args, result, nil)
+}
+
+// exchange executes a command, which a file goes with unless that is nil.
+func (q *qmp) exchange(ctx context.Context, command string, args, result any, file *os.File) error {
 	request, err := json.Marshal(struct {
 		Execute   string `json:"execute"`
 		Arguments any    `json:"arguments,omitempty"`
@@ -129,7 +148,7 @@ func (q *qmp) long(ctx context.Context, command string, args, result any) error 
 	}
 	var m message
 	err = q.during(ctx, func() error {
-		if _, err := q.conn.Write(append(request, '\n')); err != nil {
+		if err := q.send(append(request, '\n'), file); err != nil {
 			return err
 		}
 		for {
@@ -152,6 +171,18 @@ func (q *qmp) long(ctx context.Context, command string, args, result any) error 
 		}
 	}
 	return nil
+}
+
+func (q *qmp) send(request []byte, file *os.File) error {
+	var rights []byte
+	if file != nil {
+		rights = unix.UnixRights(int(file.Fd()))
+	}
+	n, _, err := q.conn.WriteMsgUnix(request, rights, nil)
+	if err == nil && n < len(request) {
+		_, err = q.conn.Write(request[n:])
+	}
+	return err
 }
 
 // await waits for an event that is accepted.
