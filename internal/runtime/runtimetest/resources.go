@@ -96,6 +96,53 @@ func testCPULimit(t *testing.T, s *suite) {
 	}
 }
 
+// testManyRequests is about a monitor that has each request served by a thread of its
+// own, and ends when it gets no more of them.
+func testManyRequests(t *testing.T, s *suite) {
+	const threads = 64 // that QEMU has for a disk
+	g := s.start(t, func(c *runtime.Config) { c.Resources.CPUs = 2 })
+	if err := g.write(t.Context(), "/etc/big", 40, ""); err != nil {
+		t.Fatal(err)
+	}
+	g.must(t, "POST", "/sync", nil, "")
+	asked := make(chan error, 1)
+	ask := func() {
+		_, err := g.call(t.Context(), "POST", "/askdisk", url.Values{"path": {"/etc/big"}, "requests": {"200"}, "times": {"20"}}, "")
+		asked <- err
+	}
+	if s.HoldDisk == nil {
+		ask()
+	} else {
+		release := s.HoldDisk(t)
+		go ask()
+		g.awaitTasks(t, threads+1, time.Minute)
+		release()
+	}
+	if err := <-asked; err != nil {
+		t.Error(err)
+	}
+	g.must(t, "GET", "/ping", nil, "")
+}
+
+// awaitTasks waits until an instance has so many tasks on the host, or has ended.
+func (g *guest) awaitTasks(t *testing.T, n int64, within time.Duration) {
+	t.Helper()
+	for deadline := time.After(within); ; {
+		stats, err := g.Stats(t.Context())
+		if err == nil && stats.PIDs >= n {
+			return
+		}
+		select {
+		case <-g.Done():
+			return
+		case <-deadline:
+			t.Errorf("it has %d tasks (%v), and was to have %d", stats.PIDs, err, n)
+			return
+		case <-time.After(10 * time.Millisecond): // nothing tells of them
+		}
+	}
+}
+
 // testForkBomb: the instance either outlives a fork bomb or ends with a reason;
 // the host stays well within the limit and another instance answers throughout.
 func testForkBomb(t *testing.T, s *suite) {

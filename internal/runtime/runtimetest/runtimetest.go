@@ -39,6 +39,10 @@ type Harness struct {
 	// before the guest is stopped.
 	BeginPause func(t *testing.T, inst runtime.Instance)
 
+	// HoldDisk makes what instances write to their disks wait until it is released, at
+	// the latest at the end of the test. Nil where that makes no difference.
+	HoldDisk func(t *testing.T) (release func())
+
 	// Corrupt changes what is in an image, but no file's size.
 	Corrupt func(t *testing.T, image runtime.Image)
 
@@ -69,6 +73,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"exceeding memory ends the instance with the reason", testOutOfMemory},
 		{"the cpu limit is enforced", testCPULimit},
 		{"a fork bomb is contained", testForkBomb},
+		{"many requests to the disk at once are served", testManyRequests},
 		{"stats are those of the instance", testStats},
 		{"stop can be repeated and called after the end", testStop},
 		{"whose it is may be said at any time", testIdentify},

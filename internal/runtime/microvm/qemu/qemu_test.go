@@ -6,7 +6,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/microvmtest"
@@ -14,7 +17,10 @@ import (
 	"github.com/wrenn/wrenn/internal/runtime/runtimetest"
 )
 
-var site = microvmtest.Site{Tag: "7e5a", CIDR: "10.234.0.0/24"}
+var (
+	site  = microvmtest.Site{Tag: "7e5a", CIDR: "10.234.0.0/24"}
+	disks *os.File // directory that the tests' file system is mounted at
+)
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
@@ -47,6 +53,10 @@ func run(m *testing.M) int {
 		return fail(err)
 	}
 	defer unmount()
+	if disks, err = os.Open(os.Getenv("TMPDIR")); err != nil {
+		return fail(err)
+	}
+	defer disks.Close()
 	return m.Run()
 }
 
@@ -63,7 +73,26 @@ func harness(t *testing.T) runtimetest.Harness {
 		checkConsole(t, microvmtest.PID(t, inst))
 		microvmtest.Kill(t, inst)
 	}
+	h.HoldDisk = holdDisks
 	return h
+}
+
+// holdDisks freezes the file system that the tests have for themselves.
+func holdDisks(t *testing.T) (release func()) {
+	const (
+		freeze = 0xc0045877 // FIFREEZE
+		thaw   = 0xc0045878 // FITHAW
+	)
+	if err := unix.IoctlSetInt(int(disks.Fd()), freeze, 0); err != nil {
+		t.Fatal("freeze disks:", err)
+	}
+	release = sync.OnceFunc(func() {
+		if err := unix.IoctlSetInt(int(disks.Fd()), thaw, 0); err != nil {
+			t.Error("thaw disks:", err)
+		}
+	})
+	t.Cleanup(release)
+	return release
 }
 
 // openFiles are the names of what a process has open.

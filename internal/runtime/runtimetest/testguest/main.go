@@ -88,6 +88,7 @@ func serve(greeting string) {
 	mux.HandleFunc("POST /spawn", spawn)
 	mux.HandleFunc("POST /bomb", func(http.ResponseWriter, *http.Request) { go bomb() })
 	mux.HandleFunc("POST /burn", burn)
+	mux.HandleFunc("POST /askdisk", askDisk)
 	addState(mux)
 	addFiles(mux)
 	addAgent(mux)
