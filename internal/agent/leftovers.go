@@ -5,13 +5,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"github.com/wrenn/wrenn/internal/disk"
 )
 
 // RemoveRunning removes from an agent's directory, which no agent uses, the files
 // of everything that runs or ran. Paused sandboxes, snapshots and the memory images
 // of templates stay.
 func RemoveRunning(dir string) error {
-	if err := os.RemoveAll(filepath.Join(dir, "instances")); err != nil {
+	if err := disk.RemoveAll(filepath.Join(dir, "instances")); err != nil {
 		return fmt.Errorf("remove instances' files: %w", err)
 	}
 	sandboxes := filepath.Join(dir, "sandboxes")

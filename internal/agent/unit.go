@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/guest"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
@@ -171,7 +172,7 @@ func (a *Agent) freeUnit(u *unit) error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("free instance %s: %w", u.id, err)
 	}
-	if err := os.RemoveAll(u.dir); err != nil {
+	if err := disk.RemoveAll(u.dir); err != nil {
 		return fmt.Errorf("free instance %s: %w", u.id, err)
 	}
 	return nil

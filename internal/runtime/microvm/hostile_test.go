@@ -97,6 +97,9 @@ func TestAConsoleThatIsWrittenToWithoutEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := writer.WriteString("it begins"); err != nil {
+		t.Fatal(err)
+	}
 	over := make(chan struct{})
 	go func() {
 		defer close(over)

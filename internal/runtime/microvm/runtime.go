@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/wrenn/wrenn/internal/disk"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/life"
 	"github.com/wrenn/wrenn/internal/runtime/microvm/kernel"
@@ -160,7 +161,7 @@ func free(ctx context.Context, set *life.Set, id sandbox.ID, dir string) error {
 	}
 	var errs []error
 	for _, name := range instanceFiles {
-		errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
+		errs = append(errs, disk.RemoveAll(filepath.Join(dir, name))) // what a monitor has made may be of any depth
 	}
 	return errors.Join(errs...)
 }

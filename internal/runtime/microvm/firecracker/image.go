@@ -181,12 +181,13 @@ func (f *Monitor) Save(ctx context.Context, m microvm.Machine, to string) error 
 		s.Kind = Diff
 	}
 	written := filepath.Join(m.Run(), memoryName)
-	// A Firecracker that was taken over may have put something else there.
+	// A Firecracker that was taken over may have put something else there. Directories it
+	// could fill faster than they are emptied: they are in the way of its own image.
 	for _, path := range []string{written, filepath.Join(m.Run(), stateName)} {
-		if err := os.RemoveAll(path); err != nil {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
-		defer os.RemoveAll(path)
+		defer os.Remove(path)
 	}
 	if err := with(m, func(c *Client) error { return c.CreateSnapshot(ctx, s, m.MemoryMiB) }); err != nil {
 		if e := new(Error); errors.As(err, &e) && strings.Contains(e.Message, "No space left") {

@@ -5,10 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn/wrenn/internal/runtime/microvm"
 )
 
 // impostor answers at a control socket as a QEMU that was taken over may.
@@ -90,5 +95,26 @@ func TestASilentQEMUIsGivenUp(t *testing.T) {
 	}
 	if d := time.Since(began); d > 2*commandTime {
 		t.Errorf("that took %v", d)
+	}
+}
+
+// TestAnothersSocketIsNotCalled has a machine's monitor put a link to another machine's
+// socket in the place of its own.
+func TestAnothersSocketIsNotCalled(t *testing.T) {
+	called := make(chan struct{})
+	victim := impostor(t, func(net.Conn) { close(called) })
+	m := microvm.Machine{Dir: t.TempDir()}
+	err := errors.Join(os.Mkdir(m.Run(), 0o700), os.Symlink(filepath.Join(victim, socketName), filepath.Join(m.Run(), socketName)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = new(Monitor).Pause(t.Context(), m)
+	select {
+	case <-called:
+		t.Errorf("the other machine was called (%v)", err)
+	default:
+		if !errors.Is(err, unix.ECONNREFUSED) { // as by a file that is no socket
+			t.Errorf("the link is called: %v", err)
+		}
 	}
 }

@@ -130,9 +130,13 @@ func (q *Monitor) start(ctx context.Context, m microvm.Machine, memory, state *o
 			tap.Close()
 		}
 	}()
+	info, err := os.Stat(m.Disk())
+	if err != nil {
+		return id, err
+	}
 	c := jail.Config{
 		Root: m.Jail(), Mounts: q.mounts(m), Program: q.binary, Dir: runDir, UID: m.UID, NetNS: m.NetNS,
-		Cgroups: m.Cgroups, Group: m.Group, Stdout: out, Proc: true,
+		Cgroups: m.Cgroups, Group: m.Group, Stdout: out, Proc: true, MaxFile: max(info.Size(), maxState),
 		Inside: func(c *jail.Config) error {
 			var err error
 			if tap, err = openTAP(m.TAP); err != nil {

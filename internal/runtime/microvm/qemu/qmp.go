@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -47,16 +48,17 @@ const (
 // commandTime bounds commands that only turn a switch.
 const commandTime = 10 * time.Second
 
-// dial connects to the socket of the name in the directory dir, whose path may be
-// longer than a socket's address, and waits until QEMU greets.
+// dial connects to the socket of the name in the directory dir, and waits until QEMU
+// greets. The path may be longer than a socket's address. QEMU may write in dir: where it
+// has put a link to another machine's socket in the place of its own, that is not followed.
 func dial(ctx context.Context, dir, name string) (_ *qmp, err error) {
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(filepath.Join(dir, name), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("connect to qemu: %w", err)
 	}
-	at := os.NewFile(uintptr(fd), dir)
-	defer at.Close()
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", at.Fd(), name))
+	socket := os.NewFile(uintptr(fd), name)
+	defer socket.Close()
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d", socket.Fd()))
 	if err != nil {
 		return nil, fmt.Errorf("connect to qemu: %w", err)
 	}
