@@ -182,7 +182,7 @@ func (a *Agent) wasPaused(m *managed) bool {
 	err = m.setState(sandbox.Paused, func(r *record) {
 		r.Instance, r.Slot, r.RuntimeState, r.ImageBytes = "", 0, nil, im.bytes()
 	})
-	if err != nil {
+	if err = errors.Join(err, os.RemoveAll(smaller(m.imageDir()))); err != nil { // the latter of a kill in a compression
 		a.log.Warn("journal sandbox as paused", "sandbox", m.id, "err", err) // the next start comes to the same
 	}
 	return true

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -152,13 +153,13 @@ func (a *Agent) build(ctx context.Context, m *managed, req createRequest, rootfs
 // startFromImage starts m from an image, or with boot from the files that are in
 // it. The caller holds m.life.
 func (a *Agent) startFromImage(ctx context.Context, m *managed, dir, token string, o origin, init guest.InitRequest, boot bool) error {
-	im, err := openImage(dir, a.cfg.Runtime)
+	im, damage, err := a.openToResume(dir, boot)
 	if err != nil {
 		return err
 	}
 	o.resources, o.guestInit = im.Resources, filepath.Join(filepath.Dir(a.cfg.GuestInit), im.GuestInit)
 	o.image, o.token = im.runtime(), token
-	loads := im.loads(a.cfg.Runtime, o.guestInit)
+	loads := cmp.Or(damage, im.loads(a.cfg.Runtime, o.guestInit))
 	switch {
 	case im.Kind == runtime.ImageFiles:
 		o.guestInit, o.token = a.cfg.GuestInit, "" // it boots: what is in the image knows no guest agent
@@ -176,6 +177,16 @@ func (a *Agent) startFromImage(ctx context.Context, m *managed, dir, token strin
 	return a.runFrom(ctx, m, o, init)
 }
 
+// openToResume is openImage. For a boot what is wrong with an image of this runtime's is
+// given apart: its files may be whole.
+func (a *Agent) openToResume(dir string, boot bool) (im image, damage, err error) {
+	im, err = openImage(dir, a.cfg.Runtime)
+	if boot && errors.Is(err, sandbox.ErrInvalid) && im.Runtime == a.cfg.Runtime.Name() {
+		return im, err, nil
+	}
+	return im, nil, err
+}
+
 // bootFromMemory starts m from the files of an image with memory; loads is nil if that
 // memory can be loaded. Where it cannot, the runtime may have the files without it.
 func (a *Agent) bootFromMemory(ctx context.Context, m *managed, o origin, init guest.InitRequest, loads error) error {
@@ -187,8 +198,8 @@ func (a *Agent) bootFromMemory(ctx context.Context, m *managed, o origin, init g
 			return a.runFrom(ctx, m, files, init)
 		}
 	}
-	if !errors.Is(err, sandbox.ErrInvalid) {
-		return err
+	if ctx.Err() != nil || errors.Is(err, sandbox.ErrExhausted) || errors.Is(err, sandbox.ErrUnavailable) {
+		return err // it may load the next time
 	}
 	a.log.Warn("a sandbox starts from its disk as it was; what it had not written there is lost", "sandbox", m.id, "err", err)
 	o.image.Kind, o.token, o.guestInit = runtime.ImageFiles, "", a.cfg.GuestInit
@@ -293,11 +304,11 @@ func (a *Agent) admit() error {
 	if free, err := availableMemory(); err == nil && free < reservedMemory {
 		return sandbox.Errorf(sandbox.ErrExhausted, "the host is out of memory (%d MiB left); kill or pause sandboxes that are not needed", free>>20)
 	}
-	return a.admitDisk()
+	return a.admitDisk(0)
 }
 
-// admitDisk refuses what would fill the disk.
-func (a *Agent) admitDisk() error {
+// admitDisk refuses what would fill the disk, on which size bytes are to be written.
+func (a *Agent) admitDisk(size int64) error {
 	// The directory may be a file system of its own, in a file that has no more room
 	// than where it lies.
 	for _, dir := range []string{a.cfg.Dir, filepath.Dir(a.cfg.Dir)} {
@@ -305,7 +316,7 @@ func (a *Agent) admitDisk() error {
 		if err := unix.Statfs(dir, &fs); err != nil {
 			return fmt.Errorf("measure free disk: %w", err)
 		}
-		if free := int64(fs.Bavail) * fs.Bsize; free < reservedDisk {
+		if free := int64(fs.Bavail) * fs.Bsize; free-size < reservedDisk {
 			return &sandbox.Error{
 				Kind:    sandbox.ErrExhausted,
 				Message: fmt.Sprintf("the host's disk is full (%d MiB left); delete snapshots, or kill sandboxes that are not needed", free>>20),

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn/wrenn/api/proto/hostagent"
 	"github.com/wrenn/wrenn/internal/runtime"
@@ -157,9 +158,8 @@ func TestAPausedSandboxIsResumedWhileItsImageIsMadeSmaller(t *testing.T) {
 	for range 2 { // the second compression is of another image than the first
 		pauseSandbox(t, c, id, false)
 		<-rt.begun
-		resumeSandbox(t, c, id, false)
+		resumeSandbox(t, c, id, false) // breaks it off
 		pauseSandbox(t, c, id, false)
-		rt.goOn <- struct{}{} // finds its image gone, or another one
 		<-rt.begun
 		if compressed() {
 			t.Error("an image was made one that is of an earlier pause")
@@ -175,6 +175,122 @@ func TestAPausedSandboxIsResumedWhileItsImageIsMadeSmaller(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.clean(t)
+}
+
+// TestAnImageIsMadeSmallerOnlyWhereThereIsRoom has a disk on which new sandboxes are refused,
+// and what a kill in the middle of an exchange leaves.
+func TestAnImageIsMadeSmallerOnlyWhereThereIsRoom(t *testing.T) {
+	mount := t.TempDir()
+	if err := unix.Mount("wrenn-test", mount, "tmpfs", 0, "size=2g"); err != nil {
+		t.Skip("cannot mount: ", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(mount, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Setenv("TMPDIR", mount)
+	h := newHost(t)
+	rt := &small{Runtime: h.runtime, begun: make(chan struct{}, 1), goOn: make(chan struct{})}
+	h.runtime = rt
+	a, c := h.open(t)
+	id, err := create(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pauseSandbox(t, c, id, false)
+	if err := a.Detach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	larger := filepath.Join(h.dir, "agent", "sandboxes", id, ".small-image")
+	if err := os.Mkdir(larger, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	filler, err := os.Create(filepath.Join(mount, "filler"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer filler.Close()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(mount, &fs); err != nil {
+		t.Fatal(err)
+	}
+	const spare = 512 << 10 // over what is kept free, and less than the image
+	if err := unix.Fallocate(int(filler.Fd()), 0, 0, int64(fs.Bavail)*fs.Bsize-1<<30-spare); err != nil {
+		t.Fatal(err)
+	}
+	h.compressAfter = 20 * time.Millisecond
+	a, _ = h.open(t)
+	if _, err := os.Stat(larger); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what an exchange left is there: %v", err)
+	}
+	select {
+	case <-rt.begun:
+		t.Error("an image is made smaller where there is no room for another")
+	case <-time.After(20 * h.compressAfter):
+	}
+	if err := filler.Truncate(0); err != nil {
+		t.Fatal(err)
+	}
+	<-rt.begun
+	rt.goOn <- struct{}{}
+	await(t, "the image is made smaller", func() bool {
+		data, err := os.ReadFile(filepath.Join(h.dir, "agent", "sandboxes", id, "image", "manifest.json"))
+		return err == nil && strings.Contains(string(data), `"compressed":true`)
+	})
+	if err := a.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wedged is a runtime whose images of memory do not load, not for what is in them. It
+// counts how often the files of such an image are asked for.
+type wedged struct {
+	runtime.Runtime
+	files atomic.Int32
+}
+
+func (w *wedged) Restore(ctx context.Context, cfg runtime.Config, image runtime.Image) (runtime.Instance, error) {
+	if ofSandbox(image) && image.Kind == runtime.ImageMemory {
+		return nil, errors.New("the machine was ended: block 7 is not what was written")
+	}
+	if ofSandbox(image) {
+		w.files.Add(1)
+	}
+	return w.Runtime.Restore(ctx, cfg, image)
+}
+
+func TestADiskIsBootedWhateverIsWrongWithTheMemory(t *testing.T) {
+	h := newHost(t)
+	rt := &wedged{Runtime: h.runtime}
+	h.runtime = rt
+	a, c := h.open(t)
+	id, err := create(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pauseSandbox(t, c, id, false)
+	boot := func(want int32) {
+		t.Helper()
+		// gVisor has no disk without the memory, and says so.
+		_, err := c.ResumeSandbox(t.Context(), &hostagent.ResumeSandboxRequest{SandboxId: id, AccessToken: "secret", Boot: true})
+		if err == nil || rt.files.Load() != want {
+			t.Errorf("the disk was tried %d times, want %d (%v)", rt.files.Load(), want, err)
+		}
+	}
+	boot(1)
+	image := filepath.Join(h.dir, "agent", "sandboxes", id, "image")
+	files, err := filepath.Glob(filepath.Join(image, "*.img"))
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	if err := os.Remove(files[0]); err != nil {
+		t.Fatal(err)
+	}
+	boot(2)
+	if err := a.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestWhatCannotBeFreedAtTheStartKeepsNoSandboxFromItsOwner(t *testing.T) {

@@ -30,6 +30,7 @@ type managed struct {
 	mu      sync.Mutex // guards what follows
 	rec     record
 	cancel  context.CancelFunc // gives up what is under way
+	resting context.CancelFunc // gives up what is done while it is paused
 	ending  bool               // stop was called: nothing new begins
 	addr    netip.Addr         // where the host reaches the guest; invalid unless it serves
 	guest   *guest.Client
@@ -39,11 +40,12 @@ type managed struct {
 
 func newManaged(rec record, dir string) *managed {
 	return &managed{
-		id:     rec.ID,
-		dir:    dir,
-		cancel: func() {},
-		gone:   make(chan struct{}),
-		rec:    rec,
+		id:      rec.ID,
+		dir:     dir,
+		cancel:  func() {},
+		resting: func() {},
+		gone:    make(chan struct{}),
+		rec:     rec,
 	}
 }
 
@@ -57,7 +59,9 @@ func (m *managed) setState(s sandbox.State, change ...func(*record)) error {
 	for _, f := range change {
 		f(&m.rec)
 	}
-	m.rec.State, m.rec.Changed = s, time.Now()
+	if m.rec.State != s {
+		m.rec.State, m.rec.Changed = s, time.Now()
+	}
 	return m.rec.save(m.dir)
 }
 
@@ -87,6 +91,20 @@ func (m *managed) begin(cancel context.CancelFunc) error {
 	return nil
 }
 
+// rest makes what is about to be done, while m is paused, something that is given up when
+// m goes on or ends.
+func (m *managed) rest(cancel context.CancelFunc) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.resting = cancel
+}
+
+func (m *managed) disturb() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.resting()
+}
+
 // status is what others may know of m.
 func (m *managed) status() (rec record, addr netip.Addr, c *guest.Client) {
 	m.mu.Lock()
@@ -102,6 +120,7 @@ func (a *Agent) stop(m *managed, reason string) error {
 	m.mu.Lock()
 	m.ending = true
 	cancel := m.cancel
+	m.resting()
 	m.mu.Unlock()
 	cancel()
 	a.pullLogs(m, 50*time.Millisecond)

@@ -101,7 +101,7 @@ func (a *Agent) takeImage(ctx context.Context, u *unit, image runtime.Image, pau
 
 // writeAndSeal writes an image of u at dir, whole or not at all.
 func (a *Agent) writeAndSeal(ctx context.Context, u *unit, dir string, m manifest, pause bool) (im image, err error) {
-	if err := a.admitDisk(); err != nil {
+	if err := a.admitDisk(0); err != nil {
 		return im, err
 	}
 	tmp, err := newImage(dir)
@@ -159,7 +159,7 @@ func (a *Agent) resume(ctx context.Context, m *managed, token string, boot bool)
 	if err := a.admit(); err != nil {
 		return false, err
 	}
-	im, err := openImage(m.imageDir(), a.cfg.Runtime)
+	im, _, err := a.openToResume(m.imageDir(), boot)
 	if err != nil {
 		return false, unusable(err)
 	}
@@ -205,6 +205,7 @@ func (a *Agent) transition(ctx context.Context, m *managed, limit time.Duration,
 		a.wg.Done()
 	}
 	if err = m.begin(cancel); err == nil {
+		m.disturb()
 		rec, _, _ := m.status()
 		err = expect(m, rec.State, from)
 	}

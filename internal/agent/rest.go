@@ -37,10 +37,13 @@ func (a *Agent) compressResting() {
 			}
 			since := rec.Changed
 			if !looked[m.id].Equal(since) && time.Since(since) >= a.cfg.CompressAfter {
-				if err := a.compress(m); err != nil && a.ctx.Err() == nil {
+				err := a.compress(m)
+				if err != nil && a.ctx.Err() == nil {
 					a.log.Warn("the image of a paused sandbox stays as large as it is", "sandbox", m.id, "err", err)
 				}
-				looked[m.id] = since
+				if !errors.Is(err, sandbox.ErrExhausted) { // else there may be room another time
+					looked[m.id] = since
+				}
 			}
 			if looked[m.id].Equal(since) {
 				paused[m.id] = since
@@ -51,10 +54,11 @@ func (a *Agent) compressResting() {
 }
 
 // compress puts a smaller image in the place of that of a paused sandbox. The sandbox
-// is not held up: when it is resumed meanwhile, nothing has been done.
+// is not held up: when it is resumed meanwhile, that is given up and nothing has been done.
 func (a *Agent) compress(m *managed) error {
 	ctx, cancel := context.WithTimeout(a.ctx, restLimit)
 	defer cancel()
+	m.rest(cancel)
 	began := time.Now()
 	im, err := openImage(m.imageDir(), a.cfg.Runtime)
 	if errors.Is(err, sandbox.ErrNotFound) {
@@ -65,6 +69,9 @@ func (a *Agent) compress(m *managed) error {
 	}
 	if im.Kind != runtime.ImageMemory || im.Compressed {
 		return nil
+	}
+	if err := a.admitDisk(im.bytes()); err != nil {
+		return err
 	}
 	tmp := smaller(m.imageDir())
 	if err := errors.Join(os.RemoveAll(tmp), os.Mkdir(tmp, 0o700)); err != nil {
@@ -82,7 +89,7 @@ func (a *Agent) compress(m *managed) error {
 		small, err = writeImage(tmp, next)
 	}
 	if err == nil {
-		err = a.exchange(ctx, m, im, tmp)
+		err = a.exchange(m, im, small, tmp)
 	}
 	if rec, _, _ := m.status(); rec.State != sandbox.Paused || errors.Is(err, sandbox.ErrNotFound) || errors.Is(err, sandbox.ErrConflict) {
 		return nil // it goes on, or is gone
@@ -99,10 +106,10 @@ func smaller(dir string) string {
 	return filepath.Join(filepath.Dir(dir), ".small-"+filepath.Base(dir))
 }
 
-// exchange puts the image in tmp in the place of that which m has, and the other way
-// round, if m is still paused with it.
-func (a *Agent) exchange(ctx context.Context, m *managed, of image, tmp string) error {
-	_, done, err := a.transition(ctx, m, teardownLimit, sandbox.Paused)
+// exchange puts the image small, in tmp, in the place of the one that m has, and the other
+// way round, if m is still paused with it.
+func (a *Agent) exchange(m *managed, of, small image, tmp string) error {
+	_, done, err := a.transition(a.ctx, m, teardownLimit, sandbox.Paused)
 	if err != nil {
 		return err
 	}
@@ -117,5 +124,5 @@ func (a *Agent) exchange(ctx context.Context, m *managed, of image, tmp string) 
 	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, m.imageDir(), unix.RENAME_EXCHANGE); err != nil {
 		return fmt.Errorf("exchange images: %w", err)
 	}
-	return syncPath(m.dir)
+	return errors.Join(syncPath(m.dir), m.setState(sandbox.Paused, func(r *record) { r.ImageBytes = small.bytes() }))
 }

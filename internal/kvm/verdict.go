@@ -31,7 +31,8 @@ const refusalHolds = 5 * time.Minute
 
 // Decide gives the verdict on a monitor and a kernel: the one that is kept in the file,
 // as long as it holds, or what try, which boots the kernel, says now. The file may be
-// removed at any time.
+// removed at any time; where it cannot be written, as on a full disk, the next Decide tries
+// again.
 func Decide(ctx context.Context, file, monitor, kernel string, try func(context.Context) error) (Verdict, error) {
 	known, err := Read(file)
 	if err == nil && known.Monitor == monitor && known.Kernel == kernel && (known.Refusal == "" || time.Since(known.Time) < refusalHolds) {
@@ -50,11 +51,11 @@ func Decide(ctx context.Context, file, monitor, kernel string, try func(context.
 		now.Refusal = err.Error()
 	}
 	data, err := json.Marshal(now)
-	if err == nil {
-		err = os.WriteFile(file, data, 0o600)
-	}
 	if err != nil {
 		return Verdict{}, fmt.Errorf("keep what is known of KVM: %w", err)
+	}
+	if os.WriteFile(file, data, 0o600) != nil {
+		_ = os.Remove(file) // what is in it now is none
 	}
 	return now, nil
 }

@@ -49,11 +49,6 @@ func (f *Monitor) try(ctx context.Context, k kernel.Kernel) error {
 // tryLinux boots the kernel as far as its first program, which says that it has no
 // disk and ends.
 func (f *Monitor) tryLinux(ctx context.Context, k kernel.Kernel) error {
-	dir, err := os.MkdirTemp(f.cfg.Data, "firecracker-probe-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
 	config, err := json.Marshal(map[string]any{
 		"boot-source":    BootSource{Kernel: k.Vmlinux, Initrd: k.Initramfs, Args: f.commandLine(kernel.ProbeArgs())},
 		"drives":         []Drive{},
@@ -62,13 +57,20 @@ func (f *Monitor) tryLinux(ctx context.Context, k kernel.Kernel) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(dir, "config.json")
-	if err := os.WriteFile(path, config, 0o600); err != nil {
-		return err
+	// In memory: a disk that is full says nothing of KVM.
+	fd, err := unix.MemfdCreate("config", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("make configuration: %w", err)
+	}
+	file := os.NewFile(uintptr(fd), "config")
+	defer file.Close()
+	if _, err := file.Write(config); err != nil {
+		return fmt.Errorf("make configuration: %w", err)
 	}
 	limited, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
-	cmd := exec.CommandContext(limited, f.cfg.Binary, "--no-api", "--config-file", path)
+	cmd := exec.CommandContext(limited, f.cfg.Binary, "--no-api", "--config-file", "/proc/self/fd/3")
+	cmd.ExtraFiles = []*os.File{file}
 	cmd.WaitDelay = time.Second
 	said, err := cmd.CombinedOutput()
 	switch {
