@@ -136,7 +136,7 @@ func openFrames(path string) (file *os.File, content io.ReaderAt, size int64, er
 	}
 	r, err := seekable.NewReader(f, d, seekable.WithReaderFrameCache(framecache.NewLRU(framecache.Limits{MaxFrames: framesKept})))
 	if err != nil {
-		return nil, nil, 0, damaged("layer %s: %v", f.Name(), err)
+		return nil, nil, 0, ofContent(f.Name(), err)
 	}
 	table, err := r.SeekTable()
 	if err != nil {
@@ -161,9 +161,17 @@ type frames struct {
 // ReadAt implements io.ReaderAt.
 func (f frames) ReadAt(p []byte, off int64) (int, error) {
 	n, err := f.Reader.ReadAt(p, off)
-	var pathErr *os.PathError // of the file; all else is wrong with what is in it
-	if err == nil || errors.Is(err, io.EOF) || errors.As(err, &pathErr) {
+	if err == nil || errors.Is(err, io.EOF) {
 		return n, err
 	}
-	return n, damaged("layer %s: %v", f.name, err)
+	return n, ofContent(f.name, err)
+}
+
+// ofContent gives an error in reading a layer's file its kind: what is not the file's is
+// wrong with what is in it.
+func ofContent(name string, err error) error {
+	if file := new(os.PathError); errors.As(err, &file) && !errors.Is(err, syscall.EINVAL) { // that is of a place before its start
+		return err
+	}
+	return damaged("layer %s: %v", name, err)
 }

@@ -148,3 +148,23 @@ func TestNoFiles(t *testing.T) {
 		t.Errorf("a process that runs: %v, want it not to be said to have ended", err)
 	}
 }
+
+// TestAnotherBoot opens a process that was noted before the host booted: it is another
+// one, though number and time are the same.
+func TestAnotherBoot(t *testing.T) {
+	id, err := Identify(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for boot, want := range map[string]error{id.Boot: nil, "": nil, "another": os.ErrProcessDone} {
+		noted := id
+		noted.Boot = boot
+		h, err := noted.Open()
+		if !errors.Is(err, want) {
+			t.Errorf("noted in boot %q: %v, want %v", boot, err, want)
+		}
+		if err == nil {
+			h.Close()
+		}
+	}
+}
