@@ -41,6 +41,9 @@ func MicroVM(ctx context.Context, p Platform, n int) (_ Report, err error) {
 	}
 	defer func() { err = errors.Join(err, f.closeAll(context.WithoutCancel(ctx))) }()
 	m := machines{lifecycle: lifecycle{platform: p, got: make(map[string]*samples), keep: true}, bare: f}
+	if err := m.slots(max(n, 30)); err != nil { // while nothing else goes on
+		return r, err
+	}
 	for i := range n {
 		for _, step := range []func(context.Context) error{m.bareLife, m.life} {
 			if err := step(ctx); err != nil {
@@ -48,9 +51,6 @@ func MicroVM(ctx context.Context, p Platform, n int) (_ Report, err error) {
 			}
 		}
 		progress("microvm: %d of %d", i+1, n)
-	}
-	if err := m.slots(max(n, 30)); err != nil {
-		return r, err
 	}
 	get := func(name string) samples {
 		if s := m.got[name]; s != nil {
