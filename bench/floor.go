@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/wrenn/wrenn/internal/client"
+	"github.com/wrenn/wrenn/internal/guest"
 	"github.com/wrenn/wrenn/internal/network"
 	"github.com/wrenn/wrenn/internal/runtime"
 	"github.com/wrenn/wrenn/internal/runtime/gvisor"
@@ -69,7 +70,8 @@ func newFloor(ctx context.Context, dataDir string) (*floor, error) {
 }
 
 func newFloorClient() *http.Client {
-	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	// A SYN that nobody takes yet is repeated by the kernel after a second only.
+	return &http.Client{Transport: &http.Transport{DialContext: guest.Dial, DisableKeepAlives: true}}
 }
 
 func (f *floor) close(ctx context.Context) error {

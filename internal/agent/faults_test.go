@@ -164,7 +164,14 @@ func TestAPausedSandboxIsResumedWhileItsImageIsMadeSmaller(t *testing.T) {
 		if compressed() {
 			t.Error("an image was made one that is of an earlier pause")
 		}
-		rt.goOn <- struct{}{}
+		if _, err := c.PauseSandbox(t.Context(), &hostagent.PauseSandboxRequest{SandboxId: id}); err == nil {
+			t.Error("it was paused twice")
+		}
+		select {
+		case rt.goOn <- struct{}{}:
+		case <-time.After(20 * time.Second):
+			t.Fatal("it was given up for a request that was refused")
+		}
 		await(t, "the image is made smaller", compressed)
 		resumeSandbox(t, c, id, false)
 	}

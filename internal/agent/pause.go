@@ -205,12 +205,14 @@ func (a *Agent) transition(ctx context.Context, m *managed, limit time.Duration,
 		a.wg.Done()
 	}
 	if err = m.begin(cancel); err == nil {
-		m.disturb()
 		rec, _, _ := m.status()
 		err = expect(m, rec.State, from)
 	}
 	if err == nil && a.ctx.Err() != nil {
 		err = errClosed // it ended while m was waited for, and did not see what is to be cancelled
+	}
+	if err == nil {
+		m.disturb()
 	}
 	if err != nil {
 		done()

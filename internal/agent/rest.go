@@ -38,10 +38,11 @@ func (a *Agent) compressResting() {
 			since := rec.Changed
 			if !looked[m.id].Equal(since) && time.Since(since) >= a.cfg.CompressAfter {
 				err := a.compress(m)
-				if err != nil && a.ctx.Err() == nil {
+				if err != nil && !errors.Is(err, context.Canceled) {
 					a.log.Warn("the image of a paused sandbox stays as large as it is", "sandbox", m.id, "err", err)
 				}
-				if !errors.Is(err, sandbox.ErrExhausted) { // else there may be room another time
+				// Else there may be room, or nothing in its way, another time.
+				if !errors.Is(err, sandbox.ErrExhausted) && !errors.Is(err, context.Canceled) {
 					looked[m.id] = since
 				}
 			}

@@ -15,8 +15,9 @@ const (
 	dialLimit = 3 * time.Second
 )
 
-// dial connects.
-func dial(ctx context.Context, netw, addr string) (net.Conn, error) {
+// Dial connects to a guest that may be just coming up, for three seconds at most. The
+// error is a *net.OpError.
+func Dial(ctx context.Context, netw, addr string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialLimit)
 	defer cancel() // ends the other attempts
 	type outcome struct {

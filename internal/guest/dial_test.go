@@ -46,7 +46,7 @@ func TestDial(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Millisecond)
 	defer cancel()
 	var timeout net.Error
-	if c, err := dial(ctx, "tcp", addr); !errors.As(err, &timeout) || !timeout.Timeout() {
+	if c, err := Dial(ctx, "tcp", addr); !errors.As(err, &timeout) || !timeout.Timeout() {
 		t.Errorf("with nobody who answers: %v, %v", c, err)
 	}
 	begin := time.Now()
@@ -60,7 +60,7 @@ func TestDial(t *testing.T) {
 			defer c.Close()
 		}
 	}()
-	c, err := dial(t.Context(), "tcp", addr)
+	c, err := Dial(t.Context(), "tcp", addr)
 	if took := time.Since(begin); err != nil || took > 900*time.Millisecond {
 		t.Errorf("%v after %s: the kernel's own second try", err, took)
 	}
@@ -69,7 +69,7 @@ func TestDial(t *testing.T) {
 	}
 	l.Close()
 	begin = time.Now()
-	if _, err := dial(t.Context(), "tcp", addr); !errors.Is(err, unix.ECONNREFUSED) || time.Since(begin) > dialLimit {
+	if _, err := Dial(t.Context(), "tcp", addr); !errors.Is(err, unix.ECONNREFUSED) || time.Since(begin) > dialLimit {
 		t.Errorf("where nobody listens: %v after %s", err, time.Since(begin))
 	}
 }

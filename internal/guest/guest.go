@@ -45,7 +45,7 @@ func NewClient(addr netip.Addr, token string) *Client {
 	c := &Client{
 		http: &http.Client{
 			Transport: &http.Transport{
-				DialContext:            dial,
+				DialContext:            Dial,
 				DisableCompression:     true,
 				MaxIdleConnsPerHost:    1,
 				IdleConnTimeout:        30 * time.Second,

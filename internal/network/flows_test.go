@@ -26,7 +26,7 @@ func testAGuestDoesNotFillTheHostsTableOfConnections(t *testing.T, tap bool) {
 	const flows = 4 * maxFlows
 	before := trackedByHost(t)
 	begin := time.Now()
-	err := in(g, func() error {
+	send := func() error {
 		c, err := net.ListenPacket("udp4", ":0")
 		if err != nil {
 			return err
@@ -38,11 +38,15 @@ func testAGuestDoesNotFillTheHostsTableOfConnections(t *testing.T, tap bool) {
 			_, _ = c.WriteTo([]byte("x"), to)
 		}
 		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
-	t.Logf("%d flows in %v", flows, time.Since(begin))
+	// What does not fit into a queue on the way is lost, so all are sent again until
+	// enough have come through.
+	for round := 0; round < 20 && trackedByHost(t)-before < maxFlows/2; round++ {
+		if err := in(g, send); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d flows and more in %v", flows, time.Since(begin))
 	if grown := trackedByHost(t) - before; grown < maxFlows/2 || grown > maxFlows*5/4 {
 		t.Errorf("%d flows of a guest left %d entries with the host, want about %d", flows, grown, maxFlows)
 	}

@@ -52,15 +52,15 @@ func createSlot(tag string, s *Slot, resolver netip.Addr) (err error) {
 		return err
 	}
 	defer host.Close()
-	// Both take their time in the kernel, and neither waits for the other there.
+	// Rules and links take their time in the kernel, and neither waits for the other
+	// there. Nobody is in the slot before it has both.
 	rules := make(chan error, 1)
 	go func() { rules <- inside(nat, func() error { return installSlotTable(s, resolver) }) }()
 	hostEnd, err := setUpHostEnd(host, tag, s, nat)
-	if err := errors.Join(err, <-rules); err != nil {
-		return err
+	if err == nil {
+		err = inside(nat, func() error { return setUpNAT(s, guest) })
 	}
-	err = inside(nat, func() error { return setUpNAT(s, guest) })
-	if err != nil {
+	if err = errors.Join(err, <-rules); err != nil {
 		return err
 	}
 	return waitUp(host, hostEnd)
@@ -84,8 +84,8 @@ func setUpHostEnd(h *netlink.Handle, tag string, s *Slot, nat netns.NsHandle) (n
 	return link, addressAndUp(h, link, netip.PrefixFrom(s.HostAddr.Prev(), 31))
 }
 
-// setUpNAT runs in the NAT namespace, which has its rules: the link to the guest,
-// addresses and the route out.
+// setUpNAT runs in the NAT namespace: the link to the guest, addresses and the route
+// out.
 func setUpNAT(s *Slot, guest netns.NsHandle) error {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
