@@ -161,6 +161,8 @@ func (a *Agent) startFromImage(ctx context.Context, m *managed, dir, token strin
 	o.image, o.token = im.runtime(), token
 	loads := cmp.Or(damage, im.loads(a.cfg.Runtime, o.guestInit))
 	switch {
+	case im.Kind == runtime.ImageFiles && damage != nil:
+		return damage
 	case im.Kind == runtime.ImageFiles:
 		o.guestInit, o.token = a.cfg.GuestInit, "" // it boots: what is in the image knows no guest agent
 		init.EnvVars = over(im.EnvVars, init.EnvVars)

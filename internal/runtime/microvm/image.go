@@ -47,8 +47,8 @@ func (r *Runtime) readImage(image runtime.Image, m Machine) (manifest, error) {
 		return of, sandbox.Errorf(sandbox.ErrInvalid, "the image is damaged: it is one of %q and not of %q", of.Kind, image.Kind)
 	}
 	for name, size := range of.Files {
-		if memory.IsLayer(name) {
-			continue
+		if memory.IsLayer(name) || image.Kind == runtime.ImageFiles && name != diskFile {
+			continue // it says itself when it is damaged, or is not needed
 		}
 		info, err := os.Stat(filepath.Join(image.Dir, filepath.Base(name)))
 		if err != nil {
