@@ -151,24 +151,44 @@ func (a *Agent) letGoOn(ctx context.Context, u *unit) (still bool) {
 // again.
 const longestSilence = time.Minute
 
-// letGoOnLater asks until the instance goes on, or has ended, or is m's no more. What
-// does not answer is alive, and not ended for that.
+// letGoOnLater has the instance asked in the background until it goes on, or has ended,
+// or is m's no more. What does not answer is alive, and not ended for that. The caller
+// holds m.life.
 func (a *Agent) letGoOnLater(m *managed, u *unit) {
-	still := true
-	for wait := teardownRetry; still; wait = min(2*wait, longestSilence) {
-		select {
-		case <-u.inst.Done(): // the monitor tells why
-			return
-		case <-m.gone:
-			return
-		case <-a.ctx.Done():
-			return
-		case <-time.After(wait):
-		}
-		m.life.Lock()
-		still = m.unit == u && a.letGoOn(a.ctx, u)
-		m.life.Unlock()
+	if m.asked == u {
+		return
 	}
+	m.asked = u
+	a.wg.Go(func() {
+		for wait := teardownRetry; ; wait = min(2*wait, longestSilence) {
+			select {
+			case <-u.inst.Done(): // the monitor tells why
+				return
+			case <-m.gone:
+				return
+			case <-a.ctx.Done():
+				return
+			case <-time.After(wait):
+			}
+			if !a.askAgain(m, u) {
+				return
+			}
+		}
+	})
+}
+
+// askAgain lets the instance go on, and says whether it is to be asked once more.
+func (a *Agent) askAgain(m *managed, u *unit) (again bool) {
+	m.life.Lock()
+	defer m.life.Unlock()
+	ctx, cancel := context.WithCancel(a.ctx)
+	defer cancel()
+	// Who wants it gone does not wait for its answer.
+	again = m.unit == u && m.begin(cancel) == nil && a.letGoOn(ctx, u) && ctx.Err() == nil
+	if !again && m.asked == u {
+		m.asked = nil
+	}
+	return again
 }
 
 // wasPaused reports whether there is an image to go on from, be it one that this
@@ -249,7 +269,9 @@ func (a *Agent) takeOver(m *managed) {
 	}
 	a.wg.Go(func() { a.monitor(m, u) })
 	if m.still {
-		a.wg.Go(func() { a.letGoOnLater(m, u) })
+		m.life.Lock()
+		a.letGoOnLater(m, u)
+		m.life.Unlock()
 	}
 	if pausing {
 		a.wg.Go(func() { a.goOn(m, u) })
@@ -285,7 +307,7 @@ func (a *Agent) goOn(m *managed, u *unit) {
 			a.release(u)
 			return
 		}
-		a.wg.Go(func() { a.letGoOnLater(m, u) })
+		a.letGoOnLater(m, u)
 	}
 	m.serving(u) // first: what runs has an address
 	if err := errors.Join(m.setState(sandbox.Running), removeImage(m.imageDir())); err != nil {

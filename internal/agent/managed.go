@@ -25,7 +25,8 @@ type managed struct {
 	unit *unit // nil while it is paused and before it is made
 	torn bool
 
-	still bool // it was adopted and has not been seen to go on
+	still bool  // it was adopted and has not been seen to go on
+	asked *unit // that is asked again and again to go on; life holds it
 
 	mu      sync.Mutex // guards what follows
 	rec     record

@@ -78,7 +78,7 @@ func (a *Agent) undoPause(m *managed, u *unit) {
 		default:
 		}
 		a.log.Error("sandbox does not go on after a failed pause; it is asked again", "sandbox", m.id, "err", err)
-		a.wg.Go(func() { a.letGoOnLater(m, u) })
+		a.letGoOnLater(m, u)
 	}
 }
 

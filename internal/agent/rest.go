@@ -60,6 +60,9 @@ func (a *Agent) compress(m *managed) error {
 	ctx, cancel := context.WithTimeout(a.ctx, restLimit)
 	defer cancel()
 	m.rest(cancel)
+	if rec, _, _ := m.status(); rec.State != sandbox.Paused { // it went on in between
+		return nil
+	}
 	began := time.Now()
 	im, err := openImage(m.imageDir(), a.cfg.Runtime)
 	if errors.Is(err, sandbox.ErrNotFound) {

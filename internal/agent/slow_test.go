@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/wrenn/wrenn/api/proto/hostagent"
 	"github.com/wrenn/wrenn/internal/runtime"
@@ -19,6 +20,9 @@ import (
 type slow struct {
 	runtime.Runtime
 	adoptions, answers atomic.Int32 // that fail from now on
+
+	silent atomic.Bool  // no answer comes at all
+	asked  atomic.Int32 // how many wait for one
 }
 
 func (s *slow) Create(ctx context.Context, cfg runtime.Config) (runtime.Instance, error) {
@@ -45,6 +49,12 @@ type slowInstance struct {
 }
 
 func (i *slowInstance) Resume(ctx context.Context) error {
+	if i.of.silent.Load() {
+		i.of.asked.Add(1)
+		defer i.of.asked.Add(-1)
+		<-ctx.Done()
+		return ctx.Err()
+	}
 	if i.of.answers.Add(-1) >= 0 {
 		return fmt.Errorf("resume sandbox: %w", context.DeadlineExceeded)
 	}
@@ -91,6 +101,26 @@ func TestAnInstanceThatAnswersLateIsNotEnded(t *testing.T) {
 		await(t, "it is taken over", func() bool { return states(t, c)[id].GetState() != string(sandbox.Pausing) })
 		running(fmt.Sprint("taken over while it was ", state))
 	}
+	// One that never goes on is asked by one, and killed at once.
+	rt.answers.Store(1 << 30)
+	for range 4 {
+		if _, err := c.PauseSandbox(t.Context(), &hostagent.PauseSandboxRequest{SandboxId: id}); err == nil {
+			t.Fatal("it was paused without an image")
+		}
+	}
+	rt.silent.Store(true)
+	await(t, "it is asked", func() bool { return rt.asked.Load() > 0 })
+	begin := time.Now()
+	if _, err := c.StopSandbox(t.Context(), &hostagent.StopSandboxRequest{SandboxId: id}); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > 3*time.Second {
+		t.Errorf("the kill of one that does not answer took %s", took)
+	}
+	if n := rt.asked.Load(); n != 0 {
+		t.Errorf("%d still wait for its answer", n)
+	}
+	rt.silent.Store(false)
 	if err := first.Shutdown(t.Context()); err != nil {
 		t.Error(err)
 	}

@@ -190,6 +190,9 @@ func attached(backing *os.File) (*os.File, error) {
 	}
 	for _, path := range found {
 		loop, err := os.OpenFile(filepath.Join("/dev", filepath.Base(filepath.Dir(path))), os.O_RDWR, 0)
+		if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) {
+			return nil, err
+		}
 		if err != nil {
 			continue // it is somebody else's, and may go at any time
 		}

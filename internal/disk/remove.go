@@ -86,7 +86,15 @@ func (r *remover) remove(name string) error {
 func (r *remover) lift(dir *os.File, name string) error {
 	for {
 		r.next++
-		err := unix.Renameat2(int(dir.Fd()), name, int(r.top.Fd()), fmt.Sprint("up", r.next), unix.RENAME_NOREPLACE)
+		to := fmt.Sprint("up", r.next)
+		err := unix.Renameat2(int(dir.Fd()), name, int(r.top.Fd()), to, unix.RENAME_NOREPLACE)
+		if errors.Is(err, unix.EINVAL) { // of a file system that has no such thing
+			var st unix.Stat_t
+			if unix.Fstatat(int(r.top.Fd()), to, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
+				continue
+			}
+			err = unix.Renameat(int(dir.Fd()), name, int(r.top.Fd()), to)
+		}
 		if !errors.Is(err, unix.EEXIST) {
 			return err
 		}

@@ -95,11 +95,12 @@ func (c *Checks) release(used []layerFile) {
 	}
 }
 
-// Size is how many bytes of memory what is remembered takes, when it is complete.
+// Size is how many bytes of memory what is remembered of layers takes that some image has
+// open, when it is complete.
 func (c *Checks) Size() int64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.size
+	return c.size - c.spare
 }
 
 // size is what is remembered of a layer, in bytes: for a block its checksum and a bit.

@@ -80,8 +80,8 @@ func TestChecksBounded(t *testing.T) {
 		c.release([]layerFile{key(n)})
 		c.release([]layerFile{key(n)})
 		want := min(n, 4)
-		if len(c.files) != want+1 || len(c.idle) != want || c.Size() != int64(want+1)*known.size() || c.spare != int64(want)*known.size() {
-			t.Errorf("after %d layers: %d are known, %d idle, %d bytes, %d spare", n, len(c.files), len(c.idle), c.Size(), c.spare)
+		if len(c.files) != want+1 || len(c.idle) != want || c.size != int64(want+1)*known.size() || c.Size() != known.size() || c.spare != int64(want)*known.size() {
+			t.Errorf("after %d layers: %d are known, %d idle, %d bytes, %d spare", n, len(c.files), len(c.idle), c.size, c.spare)
 		}
 	}
 	if c.use(key(0), blocks) != first {

@@ -68,15 +68,20 @@ func (k *Keeper) Watch(ctx context.Context, log *slog.Logger) {
 			return
 		}
 	}
-	answered := time.Now()
+	var silent time.Time // since when it does not answer; zero: it does, or there is none
 	for wait := shortestLife; ctx.Err() == nil; {
 		begin := time.Now()
-		err := k.hold(ctx, &answered)
+		err := k.hold(ctx, &silent)
+		if !errors.Is(err, errSilent) {
+			silent = time.Time{}
+		} else if silent.IsZero() {
+			silent = time.Now()
+		}
 		switch {
 		case ctx.Err() != nil:
 			return
-		case errors.Is(err, errSilent) && time.Since(answered) < k.patient:
-			log.Warn("the pager does not answer", "for", time.Since(answered))
+		case errors.Is(err, errSilent) && time.Since(silent) < k.patient:
+			log.Warn("the pager does not answer", "for", time.Since(silent))
 			continue
 		case errors.Is(err, errSilent):
 			log.Error("the pager hangs; it is ended, and with it the virtual machines that need it", "err", err)
@@ -109,9 +114,9 @@ func (k *Keeper) end(ctx context.Context) error {
 	return End(ctx, k.socket)
 }
 
-// hold returns when the pager has ended or does not answer, or ctx has ended. answered is
-// when it last did.
-func (k *Keeper) hold(ctx context.Context, answered *time.Time) error {
+// hold returns when the pager has ended or does not answer, or ctx has ended. While it
+// answers silent is zero.
+func (k *Keeper) hold(ctx context.Context, silent *time.Time) error {
 	c, err := k.Connect(ctx)
 	if err != nil {
 		return err
@@ -120,7 +125,7 @@ func (k *Keeper) hold(ctx context.Context, answered *time.Time) error {
 	ask := time.NewTicker(k.ask)
 	defer ask.Stop()
 	for {
-		*answered = time.Now()
+		*silent = time.Time{}
 		select {
 		case <-c.Gone():
 			return nil

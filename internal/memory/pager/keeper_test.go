@@ -330,3 +330,32 @@ func TestOrphansOnAFullDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestPatience has a pager that could not be started for a while and then does not answer
+// once: it is not taken to hang for that.
+func TestPatience(t *testing.T) {
+	t.Parallel()
+	socket := t.TempDir() + "/pager"
+	if err := os.WriteFile(monitorsFile(socket), nil, 0o600); err != nil { // so that it is watched for at once
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	tries := 0
+	k := NewKeeper(socket, func(context.Context) (*Client, error) {
+		switch tries++; tries {
+		case 1:
+			return nil, errors.New("no file can be opened")
+		case 2:
+			return nil, errSilent
+		}
+		cancel()
+		return nil, errGone
+	})
+	k.patient = shortestLife / 2
+	var said strings.Builder
+	k.Watch(ctx, slog.New(slog.NewTextHandler(&said, nil)))
+	if tries != 3 || strings.Contains(said.String(), "hangs") || !strings.Contains(said.String(), "does not answer") {
+		t.Errorf("after %d tries it says:\n%s", tries, &said)
+	}
+}
