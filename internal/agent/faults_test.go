@@ -120,7 +120,11 @@ type small struct {
 }
 
 func (s *small) Compress(ctx context.Context, image runtime.Image, dir string) error {
-	s.begun <- struct{}{}
+	select {
+	case s.begun <- struct{}{}:
+	case <-ctx.Done(): // before anybody has looked
+		return ctx.Err()
+	}
 	select {
 	case <-s.goOn:
 	case <-ctx.Done():
