@@ -300,6 +300,11 @@ func (w *uploadWriter) flush() error {
 // connection.
 func (e *exchange) deliver(res *http.Response) {
 	c, s := e.conn, e.stream
+	if s.isAborted() { // while the guest answered: the client is told, not cut off
+		e.abandon()
+		s.fail(e.request, notFound(s.dest))
+		return
+	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		e.upgrade(res)
 		return

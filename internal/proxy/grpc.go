@@ -30,6 +30,9 @@ func (p *Proxy) exchangeGRPC(s *stream, r *http.Request) error {
 		return err
 	}
 	defer res.Body.Close()
+	if s.isAborted() {
+		return errEvicted
+	}
 	s.respond(res, source{body: res.Body})
 	return nil
 }
