@@ -263,6 +263,7 @@ func TestHungPager(t *testing.T) {
 	}
 	defer f.client.Close()
 	m := f.monitor(t, f.vm("a"), "script", 1, false)
+	m.ask(t, "read 3") // it is known by now
 	h, err := peer(f.client.conn, os.Geteuid())
 	if err != nil {
 		t.Fatal(err)
